@@ -1,0 +1,179 @@
+"""`mpo dropout-ntp`: pairs for questions without a known answer.
+
+Dropout Next-Token Prediction: keep the first half of a response that was made with the image and let the same model go
+on without the image. What it then invents makes the rejected response; the whole original is the chosen one.
+Source: section 3.2 of https://arxiv.org/abs/2411.10442.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from data_builders.engine import chunks_of_rows, drop_note, run_step
+from data_builders.records import InputError, Response, Row, Summary
+from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
+from data_builders.shards import claim_folder, read_rows, shard_paths
+
+_WORD = re.compile(
+    r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s])"
+)
+
+
+@dataclass
+class DropoutNTPConfig:
+    """Settings of `mpo dropout-ntp`."""
+
+    model: str = field(metadata={"help": "The model that made the responses."})
+    responses: str = field(metadata={"help": "Responses: a JSONL file or a folder of shards."})
+    output: str = field(metadata={"help": "Folder for the pair shards."})
+    image_root: str = field(default=".", metadata={"help": "Folder that image paths are relative to."})
+    ratio: float = field(default=0.5, metadata={"help": "Share of the response's tokens that is kept (paper: 0.5)."})
+    with_image: bool = field(default=False, metadata={"help": "Go on with the image instead, as a control."})
+    answered_too: bool = field(
+        default=False, metadata={"help": "Also take responses to questions with a known answer."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the continuation (paper: 1.0)."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
+    top_k: int = field(default=0, metadata={"help": "Keeps the k likeliest tokens; 0 keeps every token."})
+    max_new_tokens: int = field(default=4096, metadata={"help": "A longer continuation is cut off."})
+    seed: int = field(default=0, metadata={"help": "Same seed, same continuations."})
+    batch_size: int = field(default=64, metadata={"help": "Sequences generated at a time."})
+    shard_size: int = field(default=1024, metadata={"help": "Responses per shard: what a killed run repeats at most."})
+    device: str | None = field(
+        default=None, metadata={"help": "Where the model runs; null takes a GPU if there is one."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Weights in this type; auto takes the model's own."})
+
+
+CONFIGS = (DropoutNTPConfig,)
+
+
+def run(config: DropoutNTPConfig) -> Summary:
+    """Makes the pairs.
+
+    Raises:
+        InputError: The responses or the model are not what they should be, or the folder holds other work.
+    """
+    if not 0.0 <= config.ratio < 1.0:
+        raise InputError(f"`ratio` must be at least 0 and below 1, got {config.ratio}: it is the share that is kept.")
+    source, output = Path(config.responses), Path(config.output)
+    chunks = chunks_of_rows(source, Response, config.shard_size)
+    drawing = SamplingSettings(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.seed)
+    sampler = HFSampler(
+        config.model,
+        image_root=Path(config.image_root),
+        batch_size=config.batch_size,
+        device=config.device,
+        dtype=config.dtype,
+    )
+    own = {"model": config.model, "ratio": config.ratio, "with_image": config.with_image}
+    own |= {"answered_too": config.answered_too, "shard_size": config.shard_size}
+    claim_folder(output, {**own, **asdict(drawing)}, [source])
+    run_step(lambda rows: continue_rows(rows, sampler, drawing, config), chunks, output, title="dropout-ntp")
+    return _summary(config)
+
+
+def cut_response(response: str, *, ratio: float = 0.5, ends: Sequence[int] | None = None) -> str:
+    """The beginning of a response: its first tokens.
+
+    Args:
+        response: The whole text.
+        ratio: Share of the tokens that is kept, rounded down.
+        ends: Where each token ends, in characters, as the model's tokenizer sees it. None takes words, single Chinese
+            and Japanese characters, and punctuation marks for tokens.
+
+    >>> cut_response("one two three four")
+    'one two'
+    >>> cut_response("图中有三只猫")
+    '图中有'
+    """
+    if ends is None:
+        ends = [match.end() for match in _WORD.finditer(response)]
+    kept = int(len(ends) * ratio)
+    return response[: ends[kept - 1]] if kept else ""
+
+
+def continue_rows(
+    rows: Sequence[Row], sampler: Sampler, settings: SamplingSettings, config: DropoutNTPConfig
+) -> tuple[list[Row], list[Row]]:
+    """Pair rows for response rows, and the reason for each response that gives none."""
+    pairs, dropped, usable, prefixes = [], [], [], []
+    for row in rows:
+        prefix = _prefix(row, sampler, config)
+        if reason := _reason_before(row, prefix, config):
+            dropped.append({"id": row["id"], "reason": reason})
+        else:
+            usable.append(row)
+            prefixes.append(prefix)
+    requests = [
+        Request(row["prompt"], tuple(row.get("images", [])) if config.with_image else (), prefix)
+        for row, prefix in zip(usable, prefixes, strict=True)
+    ]
+    for row, prefix, (rejected,) in zip(usable, prefixes, sampler.sample(requests, 1, settings), strict=True):
+        if reason := _reason_after(row["response"], prefix, rejected):
+            dropped.append({"id": row["id"], "reason": reason})
+        else:
+            pairs.append(_pair(row, rejected, prefix, settings, config))
+    return pairs, dropped
+
+
+def _prefix(row: Row, sampler: Sampler, config: DropoutNTPConfig) -> str:
+    response = row.get("response") or ""
+    return cut_response(response, ratio=config.ratio, ends=sampler.token_ends(response))
+
+
+def _reason_before(row: Row, prefix: str, config: DropoutNTPConfig) -> str | None:
+    if row.get("answer") is not None and not config.answered_too:
+        return "answer known"
+    if row.get("error") or not row.get("response"):
+        return "failed"
+    if row.get("finish_reason") == "length":
+        return "cut off"
+    return "too short" if config.ratio and not prefix else None
+
+
+def _reason_after(response: str, prefix: str, rejected: Completion) -> str | None:
+    if rejected.error:
+        return "continuation failed"
+    if rejected.text.strip() == prefix.strip():
+        return "continuation empty"
+    return "continuation identical" if rejected.text.strip() == response.strip() else None
+
+
+def _pair(row: Row, rejected: Completion, prefix: str, settings: SamplingSettings, config: DropoutNTPConfig) -> Row:
+    index = row["sampler"].get("index", 0)
+    return {
+        "id": f"{row['id']}#ntp{index}",
+        "question_id": row["id"],
+        "images": row.get("images", []),
+        "question": row["question"],
+        "prompt": row["prompt"],
+        "chosen": row["response"],
+        "rejected": rejected.text,
+        "kind": "dropout_ntp",
+        "source": row.get("source", ""),
+        "answer": row.get("answer"),
+        "chosen_meta": {"sampler": row["sampler"], "finish_reason": row.get("finish_reason", "stop")},
+        "rejected_meta": {
+            "sampler": {"model": config.model, **asdict(settings)},
+            "finish_reason": rejected.finish_reason,
+            "ratio": config.ratio,
+            "with_image": config.with_image,
+            "prefix_characters": len(prefix),
+        },
+    }
+
+
+def _summary(config: DropoutNTPConfig) -> Summary:
+    counts: Counter[str] = Counter()
+    for path in shard_paths(Path(config.output)):
+        counts.update(row.get("source", "") for row in read_rows(path))
+    return Summary(
+        "DropoutNTP pairs",
+        ["source", "pairs"],
+        [[source or "(no source)", f"{count:,}"] for source, count in sorted(counts.items())],
+        notes=drop_note(Path(config.output)),
+        next_command=f"mpo train --data {config.output} --model_name_or_path {config.model} --output_dir mpo-model",
+    )

@@ -1,0 +1,78 @@
+"""Images named by rows: paths under one root, checked before any long work starts.
+
+Needs Pillow only where a picture is opened.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_builders.records import InputError, Row
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def image_path(root: Path, name: str) -> Path:
+    """The file that a row's image names.
+
+    Args:
+        root: The folder that all image paths are relative to.
+        name: The path as it stands in the row.
+
+    Raises:
+        InputError: The path is absolute or leaves the root (also through a link), or no such file exists.
+    """
+    path = (root / name).resolve()
+    if Path(name).is_absolute() or not path.is_relative_to(root.resolve()):
+        raise InputError(
+            f"image {name!r} is outside the image root {root}: paths must be relative to `image_root` and stay in it."
+        )
+    if not path.is_file():
+        raise InputError(f"image {name!r} does not exist under the image root {root}. Is `image_root` right?")
+    return path
+
+
+def load_image(root: Path, name: str) -> "Image":
+    """The picture in RGB.
+
+    Raises:
+        InputError: As `image_path`, or the file cannot be decoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    path = image_path(root, name)
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be decoded ({error}): the file is broken or not an image.") from error
+
+
+def check_images(rows: Iterable[Row], root: Path, *, threads: int = 8) -> int:
+    """Opens every image that the rows name, so that a broken one is found before the work and not in the middle.
+
+    Args:
+        rows: Rows with `id` and `images`.
+        root: The folder that image paths are relative to.
+        threads: How many files are decoded at a time.
+
+    Returns:
+        How many distinct images there are.
+
+    Raises:
+        InputError: Names the row and the image.
+    """
+    first_row = {name: str(row.get("id", "?")) for row in reversed(list(rows)) for name in row.get("images") or []}
+
+    def check(name: str) -> None:
+        try:
+            load_image(root, name)
+        except InputError as error:
+            raise InputError(f"row {first_row[name]!r}: {error}") from error
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(check, first_row):
+            pass
+    return len(first_row)

@@ -1,0 +1,74 @@
+"""`mpo judge`: compares the final answer of every response with the true one."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from data_builders.engine import chunks_of_shards, drop_note, run_step
+from data_builders.records import Response, Row, Summary
+from data_builders.shards import claim_folder, read_rows, shard_paths
+from data_builders.verify import judge_response
+
+VERDICTS = ("correct", "wrong", "no_answer")
+
+
+@dataclass
+class JudgeConfig:
+    """Settings of `mpo judge`."""
+
+    responses: str = field(metadata={"help": "Responses: a JSONL file or a folder of shards."})
+    output: str = field(metadata={"help": "Folder for the verdict shards."})
+    kind: Literal["auto", "choice", "yes_no", "number", "relaxed", "math", "text", "anls"] = field(
+        default="auto", metadata={"help": "How answers are compared; auto chooses by the answer."}
+    )
+    style: str = field(
+        default="auto", metadata={"help": "Where the final answer stands: auto, final_answer, boxed, think."}
+    )
+
+
+CONFIGS = (JudgeConfig,)
+
+
+def run(config: JudgeConfig) -> Summary:
+    """Judges all responses to questions whose answer is known.
+
+    Raises:
+        InputError: The responses are missing or broken, or the folder holds other work.
+    """
+    source, output = Path(config.responses), Path(config.output)
+    chunks = chunks_of_shards(source, Response)
+    claim_folder(output, {"kind": config.kind, "style": config.style}, [source])
+    run_step(lambda rows: judge_rows(rows, kind=config.kind, style=config.style), chunks, output, title="judging")
+    return _summary(config)
+
+
+def judge_rows(rows: list[Row], *, kind: str = "auto", style: str = "auto") -> tuple[list[Row], list[Row]]:
+    """Verdict rows for the responses to questions with a known answer, and the reason for each of the others."""
+    unknown = [{"id": row["id"], "reason": "answer unknown"} for row in rows if row.get("answer") is None]
+    return [{**row, **_verdict(row, kind, style)} for row in rows if row.get("answer") is not None], unknown
+
+
+def _verdict(row: Row, kind: str, style: str) -> Row:
+    if row.get("error") or row.get("response") is None:
+        return {"verdict": "no_answer", "prediction": None, "rule": "failed"}
+    judgement = judge_response(row["response"], row["answer"], kind=kind, style=style, question=row["question"])
+    return {"verdict": judgement.verdict, "prediction": judgement.prediction, "rule": judgement.rule}
+
+
+def _summary(config: JudgeConfig) -> Summary:
+    counts: dict[str, Counter[str]] = {}
+    for path in shard_paths(Path(config.output)):
+        for row in read_rows(path):
+            counts.setdefault(row.get("source", ""), Counter())[row["verdict"]] += 1
+    rows = [
+        [source or "(no source)", *(f"{total[v]:,}" for v in VERDICTS), f"{total['correct'] / total.total():.1%}"]
+        for source, total in sorted(counts.items())
+    ]
+    return Summary(
+        "Verdicts",
+        ["source", "correct", "wrong", "no answer", "share correct"],
+        rows,
+        notes=drop_note(Path(config.output)),
+        next_command=f"mpo pair --verdicts {config.output} --output pairs",
+    )

@@ -1,0 +1,149 @@
+"""`mpo pair`: pairs right responses with wrong or unreadable ones of the same question, as MMPR does.
+
+Source: section 3.1 of https://arxiv.org/abs/2411.10442.
+"""
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from data_builders.engine import chunks_of_shards, drop_note, run_step
+from data_builders.records import InputError, Row, Summary, Verdict
+from data_builders.shards import claim_folder, read_rows, shard_paths
+
+_META = ("sampler", "finish_reason", "verdict", "prediction", "rule")
+
+
+@dataclass
+class PairConfig:
+    """Settings of `mpo pair`."""
+
+    verdicts: str = field(
+        metadata={"help": "Verdicts: a JSONL file or a folder of shards; a question stays in one shard."}
+    )
+    output: str = field(metadata={"help": "Folder for the pair shards."})
+    max_pairs: int = field(default=15, metadata={"help": "Pairs per question, at most (MMPR: 15)."})
+    seed: int = field(default=0, metadata={"help": "Which pairs are taken where there are more."})
+
+
+CONFIGS = (PairConfig,)
+
+
+def run(config: PairConfig) -> Summary:
+    """Makes the pairs of all questions.
+
+    Raises:
+        InputError: The verdicts are missing or broken, or the folder holds other work.
+    """
+    source, output = Path(config.verdicts), Path(config.output)
+    _check_shards(source)
+    claim_folder(output, {"max_pairs": config.max_pairs, "seed": config.seed}, [source])
+    run_step(
+        lambda rows: pair_rows(rows, max_pairs=config.max_pairs, seed=config.seed),
+        chunks_of_shards(source, Verdict),
+        output,
+        title="pairing",
+    )
+    return _summary(config)
+
+
+def question_key(row: Row) -> tuple[str, ...]:
+    """What makes two rows responses to the same question: images, question and answer."""
+    return (*row.get("images", []), row["question"], str(row.get("answer")))
+
+
+def pair_rows(rows: Sequence[Row], *, max_pairs: int = 15, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """The pairs of all questions in these verdict rows, and the reason for each question that gives none."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[question_key(row)].append(row)
+    pairs, dropped = [], []
+    for group in groups.values():
+        made = make_pairs(group, max_pairs=max_pairs, seed=seed)
+        pairs += made
+        if not made:
+            correct = any(row["verdict"] == "correct" for row in group)
+            reason = "questions with only correct responses" if correct else "questions without a correct response"
+            dropped.append({"id": group[0]["id"], "reason": reason})
+    return pairs, dropped
+
+
+def make_pairs(judged: Sequence[Row], *, max_pairs: int = 15, seed: int = 0) -> list[Row]:
+    """Pairs from the judged responses of ONE question: every correct response with every other one.
+
+    Args:
+        judged: Verdict rows. Responses with the same text count once; failed ones (`error`) count not at all.
+        max_pairs: How many pairs are kept, chosen at random.
+        seed: Together with the question alone it decides which, so order of input and number of workers change
+            nothing.
+
+    Returns:
+        Pair rows. None if all responses are correct, or none is.
+
+    >>> question = {"id": "q", "question": "2 + 2?", "answer": "4", "prompt": "2 + 2?"}
+    >>> right, wrong = {"response": "4", "verdict": "correct"}, {"response": "5", "verdict": "wrong"}
+    >>> [(pair["chosen"], pair["rejected"]) for pair in make_pairs([{**question, **right}, {**question, **wrong}])]
+    [('4', '5')]
+    """
+    by_text = {row["response"]: row for row in reversed(judged) if row.get("response") and not row.get("error")}
+    distinct = sorted(by_text.values(), key=lambda row: row["response"])
+    chosen = [row for row in distinct if row["verdict"] == "correct"]
+    rejected = [row for row in distinct if row["verdict"] != "correct"]
+    combinations = list(product(chosen, rejected))
+    if len(combinations) > max_pairs:
+        digest = hashlib.sha256(repr((seed, question_key(judged[0]))).encode()).digest()
+        combinations = random.Random(digest).sample(combinations, max_pairs)
+    return [_pair(better, worse, number) for number, (better, worse) in enumerate(combinations)]
+
+
+def _pair(chosen: Row, rejected: Row, number: int) -> Row:
+    return {
+        "id": f"{chosen['id']}#{number}",
+        "question_id": chosen["id"],
+        "images": chosen.get("images", []),
+        "question": chosen["question"],
+        "prompt": chosen["prompt"],
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+        "kind": "correctness" if rejected["verdict"] == "wrong" else "format",
+        "source": chosen.get("source", ""),
+        "answer": chosen.get("answer"),
+        "chosen_meta": {name: chosen[name] for name in _META if name in chosen},
+        "rejected_meta": {name: rejected[name] for name in _META if name in rejected},
+    }
+
+
+def _check_shards(source: Path) -> None:
+    """Sees to it that no question spans two shards, where its pairs would be missed and its cap exceeded."""
+    home: dict[bytes, str] = {}
+    for path in shard_paths(source):
+        for row in read_rows(path, Verdict):
+            key = hashlib.sha256(repr(question_key(row)).encode()).digest()[:16]
+            if home.setdefault(key, path.name) != path.name:
+                raise InputError(
+                    f"the responses to {row['id']!r} are spread over {home[key]} and {path.name}: all responses to "
+                    f"one "
+                    "question must stand in one shard. Join the files and give the joined one."
+                )
+
+
+def _summary(config: PairConfig) -> Summary:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for path in shard_paths(Path(config.output)):
+        for row in read_rows(path):
+            counts[row.get("source", "")][row["kind"]] += 1
+    rows = [
+        [source or "(no source)", f"{total.total():,}", f"{total['correctness']:,}", f"{total['format']:,}"]
+        for source, total in sorted(counts.items())
+    ]
+    return Summary(
+        "Pairs",
+        ["source", "pairs", "correctness", "format"],
+        rows,
+        notes=drop_note(Path(config.output)),
+        next_command=f"mpo train --data {config.output} --model_name_or_path MODEL --output_dir mpo-model",
+    )

@@ -1,0 +1,134 @@
+"""JSONL files and folders of JSONL shards: read with the line in every complaint, written whole or not at all.
+
+A stage of the pipeline is a folder of shards (`00000.jsonl`, `00001.jsonl`, ...). A shard is written under a temporary
+name and renamed when it is whole, so a shard that exists is complete and a killed run goes on after the last one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data_builders.records import InputError, Record, Row, check_row
+
+SETTINGS_FILE = "settings.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes rows as JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path, model: type[Record] | None = None) -> Iterator[Row]:
+    """The rows of one JSONL file; blank lines are passed over.
+
+    Args:
+        path: A file of JSON lines in UTF-8.
+        model: The row type that each line must have; None takes any object.
+
+    Raises:
+        InputError: The file is missing, or a line is not JSON or lacks a field; the message has the line number.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parse(line, model, f"{path}, line {number}")
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); is it a JSONL file?") from error
+
+
+def _parse(line: str, model: type[Record] | None, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: not a JSON object ({error.msg} at column {error.colno}): {line.strip()[:80]!r}. Each line must "
+            "be one whole JSON object; was the file cut off, or is it one big JSON array?"
+        ) from error
+    return row if model is None else check_row(row, model, where)
+
+
+def shard_paths(source: Path) -> list[Path]:
+    """The JSONL files that make up a stage: the file itself, or the shards of a folder in order of name.
+
+    Raises:
+        InputError: There is nothing to read; says which step would write it.
+    """
+    if source.is_file():
+        return [source]
+    if not source.exists():
+        raise InputError(f"{source} does not exist; expected a JSONL file or a folder of JSONL shards.")
+    shards = sorted(path for path in source.glob("*.jsonl") if not path.name.startswith("."))
+    if not shards:
+        raise InputError(f"{source} holds no JSONL shard: the step that fills this folder has not run, or failed.")
+    return shards
+
+
+def read_stage(source: Path, model: type[Record] | None = None) -> Iterator[Row]:
+    """The rows of a file, or of all shards of a folder.
+
+    Raises:
+        InputError: There is no row at all, or a row is broken.
+    """
+    empty = True
+    for path in shard_paths(source):
+        for row in read_rows(path, model):
+            empty = False
+            yield row
+    if empty:
+        raise InputError(f"{source} holds no row: the step that writes it produced nothing.")
+
+
+def claim_folder(folder: Path, settings: Row, inputs: Iterable[Path] = ()) -> None:
+    """Binds a folder to the settings that fill it, so that work made with other settings is never mixed in.
+
+    Args:
+        folder: The output folder, made if need be.
+        settings: Everything that changes what is written, fit for JSON.
+        inputs: The files or folders that are read; a change of their content counts as another setting.
+
+    Raises:
+        InputError: The folder was filled with other settings or from other input; says which.
+    """
+    wanted = json.loads(json.dumps({**settings, "inputs": {str(path): _content_key(path) for path in inputs}}))
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"{folder} was filled with other settings ({key}: then {found.get(key)!r}, now {wanted.get(key)!r}). Give "
+            "another output folder, or delete this one to start again."
+        )
+
+
+def _content_key(path: Path) -> str:
+    """A short name for what a file or the files of a folder hold; big files go by size and time of change."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file() and p.name[0] != "."):
+        status = file.stat()
+        small = status.st_size < 64 * 2**20
+        digest.update(repr((file.name, status.st_size)).encode())
+        digest.update(file.read_bytes() if small else str(status.st_mtime_ns).encode())
+    return digest.hexdigest()[:16]

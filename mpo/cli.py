@@ -1,0 +1,151 @@
+"""The command line: `mpo <verb> --config file.yaml --key value`.
+
+A verb is a module with `CONFIGS`, the dataclasses of its settings, and `run(*configs) -> Summary`. It is imported when
+it is run, so that `mpo --help` does not wait for TRL. Only this file prints, and only on the first rank.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_builders.records import InputError, Summary
+from mpo import __version__
+from mpo.settings import describe_settings, read_settings
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Args:
+        module: Where its `CONFIGS` and `run` are.
+        help: Its line in `mpo --help`.
+        runs_others: `run` also takes `run_verb(verb, argv) -> Summary`, to run other verbs in this process.
+    """
+
+    module: str
+    help: str
+    runs_others: bool = False
+
+
+VERBS = {
+    "quickstart": Verb("mpo.quickstart", "Every step on a tiny model and drawn images, on a CPU.", runs_others=True),
+    "sft": Verb("mpo.sft", "Fine-tune a vision-language model on conversations."),
+    "sample": Verb("data_builders.sample", "Let a model answer every question several times."),
+    "judge": Verb("data_builders.judge", "Compare the final answer of every response with the true one."),
+    "pair": Verb("data_builders.pair", "Pair right responses with wrong ones of the same question."),
+    "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
+    "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
+    "eval": Verb("mpo.evaluate", "Measure a model's accuracy on questions with answers."),
+    "report": Verb("mpo.report", "Write a page about a run: data, training and evaluation."),
+}
+
+app = typer.Typer(
+    name="mpo",
+    help="Multimodal preference optimization: from a vision-language model and questions to a better model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def run_verb(name: str, argv: Sequence[str]) -> Summary:
+    """Runs a verb in this process.
+
+    Args:
+        name: The verb as it stands on the command line.
+        argv: What would follow it there.
+
+    Returns:
+        What the verb has to say; nothing was printed of it.
+
+    Raises:
+        InputError: A setting, or something that it names, is wrong.
+    """
+    verb = VERBS[name]
+    module = import_module(verb.module)
+    configs = read_settings(name, module.CONFIGS, argv)
+    if verb.runs_others:
+        return module.run(*configs, run_verb=_run_step)
+    return module.run(*configs)
+
+
+def _run_step(name: str, argv: Sequence[str]) -> Summary:
+    """Runs a verb for another one, shown as the command that would do the same."""
+    _print(f"$ mpo {shlex.join([name, *argv])}")
+    summary = run_verb(name, argv)
+    _print_summary(replace(summary, next_command=None))
+    return summary
+
+
+def _command(context: typer.Context) -> None:
+    name = context.info_name
+    try:
+        if "--help" in context.args:
+            _print_help(name)
+        else:
+            _print_summary(run_verb(name, context.args))
+    except InputError as error:
+        _console(stderr=True).print(f"error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        _console(stderr=True).print("stopped: the same command goes on where this one stopped.", soft_wrap=True)
+        raise typer.Exit(130) from error
+
+
+for _name, _verb in VERBS.items():
+    _settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(_name, help=_verb.help, add_help_option=False, context_settings=_settings)(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _print(f"mpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Holds the options that stand before the verb."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # what is printed holds names and texts of the user's: `[x]` in them is no markup
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def _print(*parts: str | Table) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        for part in parts:
+            _console().print(part, soft_wrap=isinstance(part, str))
+
+
+def _print_summary(summary: Summary) -> None:
+    table = Table(*summary.columns, title=summary.title, title_justify="left")
+    for row in summary.rows:
+        table.add_row(*row)
+    _print(table, *summary.notes)
+    if summary.next_command:
+        _print(f"Next: {summary.next_command}")
+
+
+def _print_help(name: str) -> None:
+    settings, parents = describe_settings(import_module(VERBS[name].module).CONFIGS)
+    table = Table("setting", "type", "default", "meaning", title="Settings", title_justify="left")
+    for setting in settings:
+        table.add_row(setting.name, setting.type, setting.default, setting.help)
+    _print(f"mpo {name}: {VERBS[name].help}\n", f"mpo {name} --config FILE.yaml --key value ...\n", table)
+    for parent in parents:
+        _print(f"Every setting of {parent} is taken too.")
+    _print("A setting is a line of the YAML file or `--setting value`; the command line wins over the file.")

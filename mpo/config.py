@@ -1,0 +1,88 @@
+"""MPOConfig: `trl.DPOConfig` with the settings of Mixed Preference Optimization.
+
+Defaults are those of the paper (https://arxiv.org/abs/2411.10442) and of the InternVL2.5-MPO releases; everything else
+is `trl.DPOConfig`'s.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import DPOConfig
+
+TERMS = ("sigmoid", "bco_pair", "sft")  # TRL's names of preference, quality and generation loss
+
+
+@dataclass
+class MPOConfig(DPOConfig):
+    """Settings of `MPOTrainer`; takes every field of `trl.DPOConfig`."""
+
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={"help": "Peak learning rate. InternVL2.5-MPO: 1e-6; the paper's InternVL2-8B-MPO: 5e-6."},
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW (InternVL2.5-MPO: 0.05)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs (paper: 1)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate (paper: cosine)."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: a share of all steps below 1, else a number of steps (paper: 0.05)."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of prompt and response, image tokens included; longer rows are cut. None: no limit."
+        },
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: list(TERMS),
+        metadata={"help": "Terms of the loss: 'sigmoid' (preference), 'bco_pair' (quality), 'sft' (generation)."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One weight per term; 0 turns a term off. None: 0.8, 0.2 and 1.0, as in the paper."},
+    )
+    reward_shift_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "How the reward shift delta is averaged. None: cumulative mean. Else the decay of an exponential "
+            "one."
+        },
+    )
+    sft_reduction: Literal["sequence", "token"] = field(
+        default="sequence",
+        metadata={
+            "help": "Generation loss: 'sequence' (the paper's mean per response) or 'token' (TRL's mean over all "
+            "tokens)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses what MPO's loss cannot honour; no option is silently ignored."""
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        unknown = sorted(set(self.loss_type) - set(TERMS))
+        if unknown:
+            raise ValueError(
+                f"`loss_type` {unknown} is not a term of MPO: choose among {list(TERMS)}, or use `trl.DPOTrainer` "
+                f"for TRL's "
+                "other losses."
+            )
+        if len(set(self.loss_type)) < len(self.loss_type):
+            raise ValueError(f"`loss_type` names a term twice: {self.loss_type}. Give each once and weigh it instead.")
+        if self.loss_weights is None:
+            self.loss_weights = [dict(zip(TERMS, (0.8, 0.2, 1.0), strict=True))[term] for term in self.loss_type]
+        self._refuse("label_smoothing", 0.0, "it belongs to the losses 'robust' and 'exo_pair' of `trl.DPOTrainer`")
+        self._refuse("f_divergence_type", "reverse_kl", "the quality term has no counterpart for other divergences")
+        self._refuse("use_weighting", False, "WPO's weights are defined for one loss per pair, not for MPO's mix")
+        self._refuse("padding_free", False, "TRL 1.16 ignores it")
+        super().__post_init__()
+
+    def _refuse(self, name: str, default: object, reason: str) -> None:
+        value = getattr(self, name)
+        if value != default:
+            raise ValueError(f"`{name}={value!r}` does not work with MPO: {reason}. Leave it at {default!r}.")
+
+    @property
+    def term_weights(self) -> tuple[float, float, float]:
+        """Weights of preference, quality and generation loss; 0 for a term that is not in `loss_type`."""
+        weights = dict(zip(self.loss_type, self.loss_weights, strict=True))
+        return tuple(weights.get(term, 0.0) for term in TERMS)

@@ -1,0 +1,100 @@
+"""What `mpo sft` and `mpo train` share: going on after a stop, one line of progress, and a model folder that is whole.
+
+The loop itself is transformers'.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from data_builders.records import InputError, Row
+from data_builders.shards import claim_folder
+
+_SHOWN = {"loss": "loss", "rewards/margins": "margin", "mean_token_accuracy": "accuracy"}
+
+
+class LossBar(ProgressCallback):
+    """Transformers' progress bar with the loss at its end instead of a dictionary per log line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Row | None = None, **kwargs: Any) -> None:
+        """Shows the latest numbers."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.set_postfix({_SHOWN[k]: f"{float(v):.3f}" for k, v in logs.items() if k in _SHOWN})
+
+
+def last_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short is passed over."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # transformers writes it last
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return str(path)
+    return None
+
+
+def claim_output(trainer_args: Any, settings: Row, inputs: list[Path]) -> None:
+    """Binds the output folder to this run's settings, so that a run is only ever resumed with its own.
+
+    Args:
+        trainer_args: A `TrainingArguments`.
+        settings: The verb's own settings.
+        inputs: The data that is trained on.
+
+    Raises:
+        InputError: The folder holds a run with other settings.
+    """
+    machine = {"device", "logging_dir", "disable_tqdm", "report_to", "local_rank", "resume_from_checkpoint"}
+    chosen = {name: value for name, value in trainer_args.to_dict().items() if name not in machine}
+    if trainer_args.process_index == 0:
+        claim_folder(Path(trainer_args.output_dir), {**settings, **chosen}, inputs)
+
+
+def train_and_save(trainer: Trainer) -> Row:
+    """Trains, from the newest checkpoint if there is one, and leaves model, processor and log in the output folder.
+
+    Args:
+        trainer: A trainer of transformers or TRL, with its processor.
+
+    Returns:
+        The metrics of the run: the last logged value of each.
+    """
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(LossBar)
+    output_dir = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_checkpoint(output_dir))
+    _save_whole(trainer, output_dir)
+    return {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+
+
+def _save_whole(trainer: Trainer, output_dir: Path) -> None:
+    """Writes the final model beside and moves it in, `config.json` last: a folder that has one can be loaded."""
+    staging = output_dir / ".saving"
+    if trainer.args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(staging))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.should_save:
+        return
+    trainer.state.save_to_json(str(staging / "trainer_state.json"))
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+        path.replace(output_dir / path.name)
+    staging.rmdir()
+
+
+def require_output_dir(trainer_args: Any) -> None:
+    """Refuses transformers' silent default, `trainer_output` in the working directory.
+
+    Raises:
+        InputError: `output_dir` was not given.
+    """
+    if not trainer_args.output_dir or trainer_args.output_dir == "trainer_output":
+        raise InputError("`output_dir` is missing: name the folder for checkpoints and the trained model.")
