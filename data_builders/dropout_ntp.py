@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_builders.engine import chunks_of_rows, drop_note, run_step
+from data_builders.images import check_images
 from data_builders.records import InputError, Response, Row, Summary
 from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
 from data_builders.shards import claim_folder, read_rows, shard_paths
@@ -60,6 +61,8 @@ def run(config: DropoutNTPConfig) -> Summary:
         raise InputError(f"`ratio` must be at least 0 and below 1, got {config.ratio}: it is the share that is kept.")
     source, output = Path(config.responses), Path(config.output)
     chunks = chunks_of_rows(source, Response, config.shard_size)
+    if config.with_image:
+        check_images((row for chunk in chunks for row in chunk.rows()), Path(config.image_root))
     drawing = SamplingSettings(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.seed)
     sampler = HFSampler(
         config.model,
@@ -70,7 +73,7 @@ def run(config: DropoutNTPConfig) -> Summary:
     )
     own = {"model": config.model, "ratio": config.ratio, "with_image": config.with_image}
     own |= {"answered_too": config.answered_too, "shard_size": config.shard_size}
-    claim_folder(output, {**own, **asdict(drawing)}, [source])
+    claim_folder(output, {**own, **asdict(drawing)}, [source, Path(config.model)])
     run_step(lambda rows: continue_rows(rows, sampler, drawing, config), chunks, output, title="dropout-ntp")
     return _summary(config)
 
@@ -127,11 +130,11 @@ def _prefix(row: Row, sampler: Sampler, config: DropoutNTPConfig) -> str:
 def _reason_before(row: Row, prefix: str, config: DropoutNTPConfig) -> str | None:
     if row.get("answer") is not None and not config.answered_too:
         return "answer known"
-    if row.get("error") or not row.get("response"):
+    if row.get("error") or not (row.get("response") or "").strip():
         return "failed"
     if row.get("finish_reason") == "length":
         return "cut off"
-    return "too short" if config.ratio and not prefix else None
+    return "too short" if config.ratio and not prefix.strip() else None
 
 
 def _reason_after(response: str, prefix: str, rejected: Completion) -> str | None:

@@ -4,14 +4,13 @@ A killed run leaves whole shards only, so the same command goes on after the las
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data_builders.records import Record, Row
+from data_builders.records import InputError, Record, Row
 from data_builders.shards import read_rows, read_stage, shard_paths, write_rows
 
 DROPPED = "dropped"  # folder of the rows that a step left out, each with its reason
@@ -26,26 +25,32 @@ class Chunk:
     size: int
 
 
-def chunks_of_rows(source: Path, model: type[Record], size: int) -> Iterator[Chunk]:
+def chunks_of_rows(source: Path, model: type[Record], size: int) -> list[Chunk]:
     """Cuts a file or folder into chunks of `size` rows.
 
-    Every row is checked before the first chunk is handed out, so that a broken line is found before the work.
+    Raises:
+        InputError: A row is broken or there is none, found here and so before the work; or `size` is not positive.
     """
-    total = sum(1 for _ in read_stage(source, model))
-    rows = read_stage(source, model)
-    for number in range(-(-total // size)):
-        part = list(islice(rows, size))
-        yield Chunk(f"{number:05d}.jsonl", lambda part=part: part, len(part))
+    if size < 1:
+        raise InputError(f"`shard_size` must be at least 1, got {size}: it is the number of rows that make a shard.")
+    rows = list(read_stage(source, model))
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [Chunk(f"{number:05d}.jsonl", lambda part=part: part, len(part)) for number, part in enumerate(parts)]
 
 
-def chunks_of_shards(source: Path, model: type[Record]) -> Iterator[Chunk]:
-    """The shards of a folder, one chunk each, read when their turn comes."""
-    for path in shard_paths(source):
-        yield Chunk(path.name, lambda path=path: list(read_rows(path, model)), 1)
+def chunks_of_shards(source: Path, model: type[Record]) -> list[Chunk]:
+    """The shards of a folder, or a file alone, one chunk each, read when their turn comes.
+
+    Raises:
+        InputError: There is nothing to read.
+    """
+    return [
+        Chunk(f"{path.stem}.jsonl", lambda path=path: list(read_rows(path, model)), 1) for path in shard_paths(source)
+    ]
 
 
 def run_step(
-    step: Callable[[list[Row]], tuple[list[Row], list[Row]]], chunks: Iterator[Chunk], output: Path, *, title: str
+    step: Callable[[list[Row]], tuple[list[Row], list[Row]]], chunks: Iterable[Chunk], output: Path, *, title: str
 ) -> None:
     """Makes every output shard that is not there yet.
 

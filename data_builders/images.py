@@ -3,6 +3,8 @@
 Needs Pillow only where a picture is opened.
 """
 
+import struct
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,9 @@ from data_builders.records import InputError, Row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# what Pillow's decoders raise on broken files: each format has its own habits
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, struct.error, zlib.error)
 
 
 def image_path(root: Path, name: str) -> Path:
@@ -24,30 +29,40 @@ def image_path(root: Path, name: str) -> Path:
     Raises:
         InputError: The path is absolute or leaves the root (also through a link), or no such file exists.
     """
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        exists = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL character, a loop of links
+        raise InputError(f"image {name!r:.80} cannot be the name of a file ({error!s:.80}).") from error
     if Path(name).is_absolute() or not path.is_relative_to(root.resolve()):
         raise InputError(
             f"image {name!r} is outside the image root {root}: paths must be relative to `image_root` and stay in it."
         )
-    if not path.is_file():
+    if not exists:
         raise InputError(f"image {name!r} does not exist under the image root {root}. Is `image_root` right?")
     return path
 
 
 def load_image(root: Path, name: str) -> "Image":
-    """The picture in RGB.
+    """The picture in RGB, the right way up: turned as its EXIF data says, as `datasets` does in training.
 
     Raises:
-        InputError: As `image_path`, or the file cannot be decoded.
+        InputError: As `image_path`, or the file cannot be decoded, or has more than 8 bits to a channel.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     path = image_path(root, name)
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            mode, picture = image.mode, ImageOps.exif_transpose(image).convert("RGB")
+    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} cannot be decoded ({error}): the file is broken or not an image.") from error
+    if mode[0] in "IF":
+        raise InputError(
+            f"image {path} has more than 8 bits to a channel (mode {mode}), and Pillow would clip it to white: scale "
+            "it to 8 bits."
+        )
+    return picture
 
 
 def check_images(rows: Iterable[Row], root: Path, *, threads: int = 8) -> int:

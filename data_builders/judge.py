@@ -22,8 +22,8 @@ class JudgeConfig:
     kind: Literal["auto", "choice", "yes_no", "number", "relaxed", "math", "text", "anls"] = field(
         default="auto", metadata={"help": "How answers are compared; auto chooses by the answer."}
     )
-    style: str = field(
-        default="auto", metadata={"help": "Where the final answer stands: auto, final_answer, boxed, think."}
+    style: Literal["auto", "final_answer", "boxed", "think", "direct"] = field(
+        default="auto", metadata={"help": "Where the final answer stands; auto looks in all these places."}
     )
 
 

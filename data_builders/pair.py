@@ -4,6 +4,7 @@ Source: section 3.1 of https://arxiv.org/abs/2411.10442.
 """
 
 import hashlib
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def run(config: PairConfig) -> Summary:
     Raises:
         InputError: The verdicts are missing or broken, or the folder holds other work.
     """
+    if config.max_pairs < 1:
+        raise InputError(f"`max_pairs` must be at least 1, got {config.max_pairs}.")
     source, output = Path(config.verdicts), Path(config.output)
     _check_shards(source)
     claim_folder(output, {"max_pairs": config.max_pairs, "seed": config.seed}, [source])
@@ -66,18 +69,24 @@ def pair_rows(rows: Sequence[Row], *, max_pairs: int = 15, seed: int = 0) -> tup
         made = make_pairs(group, max_pairs=max_pairs, seed=seed)
         pairs += made
         if not made:
-            correct = any(row["verdict"] == "correct" for row in group)
-            reason = "questions with only correct responses" if correct else "questions without a correct response"
-            dropped.append({"id": group[0]["id"], "reason": reason})
+            dropped.append({"id": group[0]["id"], "reason": _reason(group)})
     return pairs, dropped
 
 
+def _reason(group: Sequence[Row]) -> str:
+    right = [row["verdict"] == "correct" for row in group if _counts(row)]
+    if not any(right):
+        return "questions without a correct response"
+    return "questions with only correct responses" if all(right) else "questions without two verdicts on one prompt"
+
+
 def make_pairs(judged: Sequence[Row], *, max_pairs: int = 15, seed: int = 0) -> list[Row]:
-    """Pairs from the judged responses of ONE question: every correct response with every other one.
+    """Pairs from the judged responses of ONE question: every correct response with every other one to the same prompt.
 
     Args:
-        judged: Verdict rows. Responses with the same text count once; failed ones (`error`) count not at all.
-        max_pairs: How many pairs are kept, chosen at random.
+        judged: Verdict rows. Responses with the same text count once; failed ones (`error`) and empty ones count
+            not at all.
+        max_pairs: How many pairs are kept at most, chosen at random.
         seed: Together with the question alone it decides which, so order of input and number of workers change
             nothing.
 
@@ -89,15 +98,20 @@ def make_pairs(judged: Sequence[Row], *, max_pairs: int = 15, seed: int = 0) -> 
     >>> [(pair["chosen"], pair["rejected"]) for pair in make_pairs([{**question, **right}, {**question, **wrong}])]
     [('4', '5')]
     """
-    by_text = {row["response"]: row for row in reversed(judged) if row.get("response") and not row.get("error")}
-    distinct = sorted(by_text.values(), key=lambda row: row["response"])
-    chosen = [row for row in distinct if row["verdict"] == "correct"]
-    rejected = [row for row in distinct if row["verdict"] != "correct"]
-    combinations = list(product(chosen, rejected))
+    usable = sorted(filter(_counts, judged), key=lambda row: json.dumps(row, sort_keys=True))
+    distinct = {(row["prompt"], row["response"]): row for row in reversed(usable)}
+    rows = [distinct[key] for key in sorted(distinct)]
+    chosen = [row for row in rows if row["verdict"] == "correct"]
+    rejected = [row for row in rows if row["verdict"] != "correct"]
+    combinations = [(a, b) for a, b in product(chosen, rejected) if a["prompt"] == b["prompt"]]
     if len(combinations) > max_pairs:
         digest = hashlib.sha256(repr((seed, question_key(judged[0]))).encode()).digest()
         combinations = random.Random(digest).sample(combinations, max_pairs)
     return [_pair(better, worse, number) for number, (better, worse) in enumerate(combinations)]
+
+
+def _counts(row: Row) -> bool:
+    return bool((row.get("response") or "").strip()) and not row.get("error")
 
 
 def _pair(chosen: Row, rejected: Row, number: int) -> Row:
@@ -126,8 +140,7 @@ def _check_shards(source: Path) -> None:
             if home.setdefault(key, path.name) != path.name:
                 raise InputError(
                     f"the responses to {row['id']!r} are spread over {home[key]} and {path.name}: all responses to "
-                    f"one "
-                    "question must stand in one shard. Join the files and give the joined one."
+                    "one question must stand in one shard. Join the files and give the joined one."
                 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_builders.engine import chunks_of_rows, run_step
 from data_builders.images import check_images
 from data_builders.prompts import PromptStyle, prompt_style
-from data_builders.records import Question, Row, Summary
+from data_builders.records import InputError, Question, Row, Summary
 from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
 from data_builders.shards import claim_folder, read_stage
 
@@ -51,9 +51,12 @@ def run(config: SampleConfig) -> Summary:
     Raises:
         InputError: Questions, images or model are not what they should be, or the folder holds other work.
     """
+    if config.num_responses < 1:
+        raise InputError(f"`num_responses` must be at least 1, got {config.num_responses}.")
     questions, root = Path(config.questions), Path(config.image_root)
     style = prompt_style(config.prompt)
-    check_images(read_stage(questions, Question), root)
+    chunks = chunks_of_rows(questions, Question, config.shard_size)
+    check_images((row for chunk in chunks for row in chunk.rows()), root)
     drawing = SamplingSettings(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.seed)
     sampler = HFSampler(
         config.model, image_root=root, batch_size=config.batch_size, device=config.device, dtype=config.dtype
@@ -63,11 +66,11 @@ def run(config: SampleConfig) -> Summary:
         output,
         {"model": config.model, "prompt": _name(style), "num_responses": config.num_responses, **asdict(drawing)}
         | {"shard_size": config.shard_size},
-        [questions],
+        [questions, Path(config.model)],
     )
     run_step(
         lambda rows: (sample_responses(rows, sampler, style, config.num_responses, drawing), []),
-        chunks_of_rows(questions, Question, config.shard_size),
+        chunks,
         output,
         title="sampling",
     )

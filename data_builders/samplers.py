@@ -14,7 +14,6 @@ from data_builders.images import load_image
 from data_builders.records import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
 
@@ -60,6 +59,22 @@ class SamplingSettings:
     max_new_tokens: int = 1024
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuses what nothing can be drawn with.
+
+        Raises:
+            InputError: A setting is out of its range.
+        """
+        ranges = {
+            "temperature": (self.temperature >= 0, "at least 0 (0 is greedy)"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 keeps every token)"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+        }
+        for name, (holds, words) in ranges.items():
+            if not holds:
+                raise InputError(f"`{name}` must be {words}, got {getattr(self, name)}.")
+
 
 class Sampler(Protocol):
     """What a step needs of a model."""
@@ -85,7 +100,8 @@ def load_processor(model: str | Path, *, trust_remote_code: bool = False) -> "Pr
     try:
         processor = AutoProcessor.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(_no_processor(model, str(error).splitlines()[0])) from error
+        _check_found(model, error)
+        raise InputError(_no_processor(model, f"{error!s:.300}")) from error
     if not isinstance(processor, ProcessorMixin):
         raise InputError(_no_processor(model, f"found only a {type(processor).__name__}"))
     return processor
@@ -95,8 +111,7 @@ def _no_processor(model: str | Path, reason: str) -> str:
     return (
         f"{model} has no processor for text and images ({reason}). A vision-language model's folder needs "
         "`processor_config.json`, tokenizer files and a chat template: copy them from the model it was trained from, "
-        "or call "
-        "`processor.save_pretrained(...)` where you save the model."
+        "or call `processor.save_pretrained(...)` where you save the model."
     )
 
 
@@ -111,6 +126,7 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **settings
     Raises:
         InputError: There is no such model, or it is not one that takes images and text.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     _check_folder(model)
@@ -118,8 +134,21 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **settings
         return AutoModelForImageTextToText.from_pretrained(
             str(model), trust_remote_code=trust_remote_code, use_safetensors=True, **{"dtype": "auto", **settings}
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model} cannot be loaded as a vision-language model: {str(error)[:500]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        _check_found(model, error)
+        raise InputError(
+            f"{model} cannot be loaded as a vision-language model ({error!s:.500}). It must be a whole model folder "
+            "of a family that takes images and text, with weights in safetensors."
+        ) from error
+
+
+def _check_found(model: str | Path, error: Exception) -> None:
+    """Says so when it is not the model that is wrong but its name, or the way to the Hub."""
+    if not Path(model).exists():
+        raise InputError(
+            f"there is no model folder {model}, and it could not be taken from the Hub either ({error!s:.200}). Check "
+            "the path or the name, and the connection."
+        ) from error
 
 
 def _check_folder(model: str | Path) -> None:
@@ -163,6 +192,7 @@ class HFSampler:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, trust_remote_code=trust_remote_code, dtype=dtype).to(device).eval()
         self.image_tokens = image_tokens(self.processor, self.model)
+        self.image_marks = [mark for mark in self.tokenizer.convert_ids_to_tokens(self.image_tokens) if mark]
 
     def token_ends(self, text: str) -> list[int]:
         """Where each token of a text ends, in characters."""
@@ -172,10 +202,10 @@ class HFSampler:
     def sample(self, requests: Sequence[Request], num: int, settings: SamplingSettings) -> list[list[Completion]]:
         """`num` completions for each request; requests of similar length share a batch."""
         order = sorted(
-            range(len(requests)),
+            (i for i, request in enumerate(requests) if not self._image_mark(request.prefix)),
             key=lambda i: (bool(requests[i].images), len(requests[i].prompt) + len(requests[i].prefix), i),
         )
-        completions: list[list[Completion]] = [[] for _ in requests]
+        completions = [[Completion(r.prefix, "error", "the prefix contains an image token")] * num for r in requests]
         per_batch = max(1, self.batch_size // num)
         for with_images in (False, True):
             group = [i for i in order if bool(requests[i].images) == with_images]
@@ -208,9 +238,15 @@ class HFSampler:
             output = output.repeat_interleave(num, dim=0)
         width = inputs["input_ids"].shape[1]
         prefixes = [request.prefix for request in requests for _ in range(num)]
-        return [self._completion(row[width:], prefix) for row, prefix in zip(output, prefixes, strict=True)]
+        return [self._completion(row.tolist(), width, prefix) for row, prefix in zip(output, prefixes, strict=True)]
 
     def _encode(self, requests: list[Request]) -> Any:
+        for request in requests:
+            if mark := self._image_mark(request.prompt):
+                raise InputError(
+                    f"the prompt {request.prompt!r:.80} contains {mark}, which stands for a picture: take it out of "
+                    "the question; pictures go before the text and are named in `images` alone."
+                )
         texts = [
             self.processor.apply_chat_template(chat_messages(r.prompt, len(r.images)), add_generation_prompt=True)
             + r.prefix
@@ -226,16 +262,24 @@ class HFSampler:
             return_tensors="pt",
         )
 
-    def _completion(self, tokens: "Tensor", prefix: str) -> Completion:
-        ids = tokens.tolist()
+    def _image_mark(self, text: str) -> str | None:
+        return next((mark for mark in self.image_marks if mark in text), None)
+
+    def _completion(self, row: list[int], width: int, prefix: str) -> Completion:
+        ids = row[width:]
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         stop = next((i for i, token in enumerate(ids) if token in ends), None)
         ids = ids if stop is None else ids[:stop]
-        text = prefix + self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if any(token in self.image_tokens for token in ids):
+        # some tokenizers drop the space before the first token of a text, so a prefix is decoded with its last token
+        before = row[width - 1 : width] if prefix else []
+        text = prefix + self._decode(before + ids)[len(self._decode(before)) :]
+        if self._image_mark(text):
             return Completion(text, "error", "the response contains an image token")
         return Completion(text, "length" if stop is None else "stop")
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def chat_messages(prompt: str, num_images: int) -> list[dict[str, Any]]:

@@ -7,12 +7,14 @@ name and renamed when it is whole, so a shard that exists is complete and a kill
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_builders.records import InputError, Record, Row, check_row
 
 SETTINGS_FILE = "settings.json"
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,22 +32,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes rows as JSON lines, whole or not at all.
+
+    Half a surrogate pair, which a server's JSON may hold, is no character and cannot be written: U+FFFD stands for it.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, _LONE_SURROGATE.sub("\ufffd", text))
 
 
 def read_rows(path: Path, model: type[Record] | None = None) -> Iterator[Row]:
     """The rows of one JSONL file; blank lines are passed over.
 
     Args:
-        path: A file of JSON lines in UTF-8.
+        path: A file of JSON lines in UTF-8, with or without a byte order mark.
         model: The row type that each line must have; None takes any object.
 
     Raises:
         InputError: The file is missing, or a line is not JSON or lacks a field; the message has the line number.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _parse(line, model, f"{path}, line {number}")
@@ -63,7 +69,11 @@ def _parse(line: str, model: type[Record] | None, where: str) -> Row:
             f"{where}: not a JSON object ({error.msg} at column {error.colno}): {line.strip()[:80]!r}. Each line must "
             "be one whole JSON object; was the file cut off, or is it one big JSON array?"
         ) from error
-    return row if model is None else check_row(row, model, where)
+    if model is not None:
+        return check_row(row, model, where)
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, got {row!r:.80}. Is the file one big JSON array?")
+    return row
 
 
 def shard_paths(source: Path) -> list[Path]:
@@ -106,12 +116,20 @@ def claim_folder(folder: Path, settings: Row, inputs: Iterable[Path] = ()) -> No
         inputs: The files or folders that are read; a change of their content counts as another setting.
 
     Raises:
-        InputError: The folder was filled with other settings or from other input; says which.
+        InputError: The folder was filled with other settings or from other input (says which), or holds files that
+            no run of the step wrote.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output {folder} is a file: give a folder.")
     wanted = json.loads(json.dumps({**settings, "inputs": {str(path): _content_key(path) for path in inputs}}))
     path = folder / SETTINGS_FILE
     if not path.exists():
-        write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+        if foreign := sorted(folder.glob("*.jsonl")):
+            raise InputError(
+                f"the output folder {folder} holds {foreign[0].name} but no {SETTINGS_FILE}: no earlier run wrote "
+                "that file, and it would be taken for a part of this one. Give an output folder of its own."
+            )
+        write_text(path, json.dumps(wanted, indent=1) + "\n")
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     changed = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]

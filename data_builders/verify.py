@@ -92,9 +92,6 @@ def judge_response(
     return Judgement("correct" if is_correct else "wrong", prediction, rule)
 
 
-# --- where the final answer stands
-
-
 def extract_answer(response: str, *, style: str = "auto") -> str | None:
     r"""The final answer that a response states, without what only dresses it.
 
@@ -192,9 +189,6 @@ def _answer(text: str) -> str | None:
     return unwrap(text) or None if len(text) <= MAX_ANSWER_CHARS else None
 
 
-# --- whether it is right
-
-
 def verify_answer(
     prediction: str | None, answer: str, *, kind: str = "auto", options: Mapping[str, str] | None = None
 ) -> bool:
@@ -260,7 +254,7 @@ def _bare(text: str) -> str:
     return unwrap(text[lead_in.end() :]) or text if lead_in else text
 
 
-_CHOICE_ANSWER = re.compile(r"[(\[]?[A-J][)\]]?$|\([A-Ja-j]\)|[A-J]\)\s|[A-J](?:\s*(?:,|&|\band\b)\s*[A-J])+$")
+_CHOICE_ANSWER = re.compile(r"[(\[]?[A-J][)\]]?$|\([A-Ja-j]\)|[A-J][.):]\s|[A-J](?:\s*(?:,|&|\band\b)\s*[A-J])+$")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?")
 _LABELLED = re.compile(
     r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])\s?[.):、]|(?:option|choice|选项?)\s*\(?([A-Z])(?![a-z])\)?[.:,]?|([A-Z])\s?选项"
@@ -273,7 +267,9 @@ def _same_choice(prediction: str, answer: str, options: Mapping[str, str]) -> bo
     letters, text = _read_choice(prediction, options)
     right_letters, right_text = _read_choice(answer, options)
     if letters and right_letters:
-        return letters == right_letters
+        # Without options "J. Smith" and "J. Brown" have the same letter too.
+        is_same_text = bool(options) or not text or not right_text or _same_text(text, right_text)
+        return letters == right_letters and is_same_text
     return bool(text and right_text) and _same_text(text, right_text)
 
 
@@ -401,9 +397,6 @@ _COMPARE = {
     "yes_no": _same_yes_no, "number": _same_number, "relaxed": _same_relaxed,
     "math": _same_math, "text": _same_text, "anls": _same_anls,
 }  # fmt: skip
-
-
-# --- one spelling
 
 
 _WRAPPERS = [

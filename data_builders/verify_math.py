@@ -2,14 +2,16 @@
 
 Numbers are read by one expression and compared as exact fractions. Formulas go to math-verify, which has a time limit
 for the main thread only: here a formula is refused before parsing when its value could be huge, and the comparison may
-take a fixed number of steps, so every answer costs about a second at most, in any thread or process, and the verdict
+take a fixed number of steps. So every answer costs about a second at most, in any thread or process, and the verdict
 does not depend on how busy the machine is.
 """
 
+import inspect
 import logging
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +24,10 @@ MAX_NUMBER_CHARS = 100
 MAX_FORMULA_CHARS = 200
 # Calls and returns, of Python and of C: about a second under the hook. Ordinary formulas take fewer than 0.5 million.
 MAX_STEPS = 4_000_000
-MAX_RESULT_DIGITS = 100_000
+# A backstop for steps that are slow themselves; time of this thread on a core, so waiting does not count.
+MAX_CPU_SECONDS = 1.5
+# SymPy may look for prime factors of any number it meets.
+MAX_RESULT_DIGITS = 1_000
 YEARS = range(1000, 2101)
 
 _COUNTED = (
@@ -256,7 +261,7 @@ def same_formula(prediction: str, answer: str) -> bool:
     as_numbers = same_numbers(prediction, answer)
     if as_numbers or (as_numbers is False and "," not in prediction + answer):
         return bool(as_numbers)
-    if not (_is_tame(left) and _is_tame(right)):
+    if not (_is_tame(left) and _is_tame(right) and _has_tame_logarithms(left, right)):
         return False
     parse_and_compare = _math_verify()
     return _within_steps(lambda: parse_and_compare(left, right))
@@ -264,6 +269,8 @@ def same_formula(prediction: str, answer: str) -> bool:
 
 def _tidy(text: str) -> str:
     text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text.translate(_SYMBOLS))
+    text = re.sub(r"_(\d)(?!\d)", r"_{\1}", text)
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]", "", text)
     return " ".join(re.sub(r"(?<!\\)\\ ", " ", text).replace("**", "^").split())
 
@@ -276,7 +283,7 @@ def has_words(text: str) -> bool:
 
 def _is_tame(text: str) -> bool:
     """Whether the work to parse and evaluate a formula is bounded."""
-    if not text or len(text) > MAX_FORMULA_CHARS or "!" in text or re.search(r"\d{31}|\d\s+\d", text):
+    if not text or len(text) > MAX_FORMULA_CHARS or "!" in text or re.search(r"\d{31}|\d\s+\d|\[\d{3}", text):
         return False
     if has_words(text) or not set(re.findall(r"\\([a-zA-Z]+)", text)) <= _COMMANDS:
         return False
@@ -287,22 +294,45 @@ def _is_tame(text: str) -> bool:
     return depth == 0 and deepest <= 8 and _max_digits(text) <= MAX_RESULT_DIGITS
 
 
+def _has_tame_logarithms(left: str, right: str) -> bool:
+    """SymPy rewrites k log(b) as log(b^k), so with a logarithm any value may become an exponent of any other.
+
+    b^k has fewer than b k / 5 digits.
+    """
+    if not re.search(r"log|ln|lg", left + right):
+        return True
+    return math.prod(map(_max_value, (left, right))) <= 5 * MAX_RESULT_DIGITS
+
+
 def _max_digits(text: str) -> float:
     """An upper bound for the digits of any integer in the value of a formula; infinite for towers of powers."""
-    powers = [1]
-    for sign in re.finditer(r"\^", text):
-        exponent = _exponent(text[sign.end() :].lstrip())
-        if exponent is None or "^" in exponent or len(re.sub(r"\D", "", exponent)) > 4:
-            return math.inf
-        powers.append(math.prod(int(number) or 1 for number in re.findall(r"\d+", exponent)))
+    powers, _ = _split_powers(text)
     of_groups = re.search(r"[)\]}]\s*\^", text)
-    return len(text) * (math.prod(powers) if of_groups else max(powers))
+    num_digits = 1 + len(re.findall(r"\d", text))
+    return num_digits * (math.prod(powers) if of_groups else max(powers))
 
 
-def _exponent(text: str) -> str | None:
-    """What stands after a `^`; None when a second power follows, which makes a tower."""
-    end = _group_end(text) if text[:1] in _BRACKETS else re.match(r"[+-]?(?:[\d.]+|\\?[a-zA-Z]+)?", text).end()
-    return None if text[end:].lstrip().startswith("^") else text[:end]
+def _max_value(text: str) -> float:
+    """An upper bound for the integers in the value of a formula: a + b and a b are at most max(a, 2) max(b, 2)."""
+    powers, rest = _split_powers(text)
+    digits = sum(math.log10(max(int(number), 2)) for number in re.findall(r"\d+", rest)) * math.prod(powers)
+    return 10**digits if digits < 300 else math.inf
+
+
+def _split_powers(text: str) -> tuple[list[float], str]:
+    """Upper bounds for the exponents in a formula, beside a 1, and the formula without them; infinity for a tower."""
+    powers: list[float] = [1]
+    rest = ""
+    while "^" in text:
+        base, _, text = text.partition("^")
+        text = text.lstrip()
+        end = _group_end(text) if text[:1] in _BRACKETS else re.match(r"[+-]?(?:[\d.]+|\\?[a-zA-Z]+)?", text).end()
+        exponent, text = text[:end], text[end:]
+        if "^" in exponent or text.lstrip().startswith("^") or len(re.sub(r"\D", "", exponent)) > 4:
+            return [math.inf], ""
+        powers.append(math.prod(int(number) or 1 for number in re.findall(r"\d+", exponent)))
+        rest += base + " "
+    return powers, rest + text
 
 
 def _group_end(text: str) -> int:
@@ -329,7 +359,7 @@ def _math_verify() -> Callable[[str, str], bool]:
             parse(f"${text}$", formulas, fallback_mode="no_fallback", parsing_timeout=None)
             for text in (answer, prediction)
         )
-        return verify(gold, target, timeout_seconds=None)
+        return verify(gold, target, timeout_seconds=None, allow_set_relation_comp=True)
 
     compare(
         "(x+1)^2", r"x^2+\frac{4x}{2}+1"
@@ -342,16 +372,18 @@ class _OutOfSteps(BaseException):
 
 
 def _within_steps(function: Callable[[], bool]) -> bool:
-    """The result of a function, False when it takes more than `MAX_STEPS` calls and returns.
+    """The result of a function, False when it takes more than `MAX_STEPS` or `MAX_CPU_SECONDS`.
 
     A profile hook belongs to one thread, so this works where a signal cannot.
     """
     steps = 0
+    deadline = time.thread_time() + MAX_CPU_SECONDS
 
-    def count(_frame: FrameType, _event: str, _argument: Any) -> None:
+    def count(frame: FrameType, event: str, _argument: Any) -> None:
         nonlocal steps
         steps += 1
-        if steps > MAX_STEPS:
+        is_over = steps > MAX_STEPS or (steps % 16 == 0 and time.thread_time() > deadline)
+        if is_over and event == "call" and _can_be_stopped(frame):
             raise _OutOfSteps
 
     before = sys.getprofile()
@@ -362,3 +394,12 @@ def _within_steps(function: Callable[[], bool]) -> bool:
         finally:
             sys.setprofile(before)
     return False
+
+
+def _can_be_stopped(frame: FrameType) -> bool:
+    """Whether an exception raised here reaches us; Python removes a hook that raises, so there is one try.
+
+    Python ignores exceptions in a generator or a callback that is being cleaned up, and mpmath has bare `except:`.
+    """
+    is_generator = frame.f_code.co_flags & inspect.CO_GENERATOR
+    return not is_generator and frame.f_globals.get("__name__", "").startswith(("sympy.", "antlr4.", "latex2sympy2"))

@@ -43,8 +43,8 @@ class MPOConfig(DPOConfig):
     reward_shift_decay: float | None = field(
         default=None,
         metadata={
-            "help": "How the reward shift delta is averaged. None: cumulative mean. Else the decay of an exponential "
-            "one."
+            "help": "How the reward shift delta is averaged. None: cumulative mean; else the decay of an "
+            "exponential one; 1: no shift at all."
         },
     )
     sft_reduction: Literal["sequence", "token"] = field(

@@ -56,6 +56,11 @@ def sft_dataset(sources: Iterable[str | Path], image_root: str | Path) -> "Datas
                     f"SFT row {number} ({row.get('id', 'without id')}): `{key}` must be a list of messages such as "
                     f'[{{"role": "user", "content": "..."}}], got {row.get(key)!r:.80}.'
                 )
+        if not _is_list_of_paths(row.get("images") or []):
+            raise InputError(
+                f"SFT row {number} ({row.get('id', 'without id')}): `images` must be a list of paths such as "
+                f'["a.png"], got {row["images"]!r:.80}.'
+            )
     columns = [
         {"images": row.get("images") or [], "prompt": row["prompt"], "completion": row["completion"]} for row in rows
     ]
@@ -79,6 +84,10 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
+def _is_list_of_paths(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _dataset(rows: list[Row], columns: list[Row], image_root: Path) -> "Dataset":
     from datasets import Dataset, Features, Image, List, Value
 
@@ -86,7 +95,7 @@ def _dataset(rows: list[Row], columns: list[Row], image_root: Path) -> "Dataset"
     for row in columns:
         row["images"] = [str(image_path(image_root, name)) for name in row["images"]]
     turn = List({"role": Value("string"), "content": Value("string")})
-    features = {name: List(Image()) if name == "images" else turn for name in columns[0]}
+    features = {name: List(Image(mode="RGB")) if name == "images" else turn for name in columns[0]}
     if not any(row["images"] for row in columns):  # TRL takes a data set with this column for a vision data set
         features.pop("images")
         columns = [{name: row[name] for name in features} for row in columns]

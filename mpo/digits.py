@@ -220,12 +220,13 @@ _CHAT_TEMPLATE = (
 
 def train_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer of a few hundred tokens, trained on these texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>"]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    one_digit = pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated")  # 27 is two tokens: sums are learned by place
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_digit, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -292,13 +293,13 @@ def build_model(
     return processor, transformers.LlavaForConditionalGeneration(config)
 
 
-def pretrain_tower(
+def pretrain_vision(
     model: "LlavaForConditionalGeneration", processor: "LlavaProcessor", scans: Scans, *, steps: int, seed: int
 ) -> float:
-    """Trains the vision tower to tell digits and places apart, as a ready-made tower would be able to.
+    """Trains vision tower and projector to tell digits and places apart, as ready-made ones would be able to.
 
     Args:
-        model: Its vision tower is changed in place.
+        model: Changed in place, but for its language model.
         processor: Scales pixels as later in training.
         scans: The SFT scans alone; jitter makes new pictures of them.
         steps: Batches of 64 pictures.
@@ -310,10 +311,12 @@ def pretrain_tower(
     import torch
     import torch.nn.functional as F
 
-    tower = model.model.vision_tower
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     head = torch.nn.Linear(tower.config.hidden_size, 10 + len(PLACES))
     places = torch.arange(len(PLACES)).expand(64, -1)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [*tower.parameters(), *projector.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
     mean, std = processor.image_processor.image_mean[0], processor.image_processor.image_std[0]
@@ -323,7 +326,7 @@ def pretrain_tower(
         pictures = torch.from_numpy(draw_pictures(scans.pixels[chosen], rng)).float() / 255
         labels = torch.from_numpy(scans.labels[chosen])  # (64, 4)
         pixels = ((pictures - mean) / std)[:, None].expand(-1, 3, -1, -1)
-        logits = head(tower(pixel_values=pixels).last_hidden_state[:, 1:])  # (64, 4, 14)
+        logits = head(projector(tower(pixel_values=pixels).last_hidden_state[:, 1:]))  # (64, 4, 14)
         digit_logits, place_logits = logits.split([10, len(PLACES)], dim=-1)
         loss = F.cross_entropy(digit_logits.flatten(0, 1), labels.flatten())
         loss = loss + F.cross_entropy(place_logits.flatten(0, 1), places.flatten())

@@ -80,9 +80,15 @@ def _named_models(entries: list[str]) -> dict[str, str]:
 
 
 def _check_answers(rows: list[Row]) -> None:
+    seen = set()
     for row in rows:
         if row.get("answer") is None:
             raise InputError(f"question {row['id']!r} has no answer: accuracy can only be measured where it is known.")
+        if row["id"] in seen:
+            raise InputError(
+                f"two questions have the id {row['id']!r}: models are compared by id, so each needs its own."
+            )
+        seen.add(row["id"])
 
 
 def _answer(name: str, model: str, config: EvalConfig) -> list[Row]:

@@ -8,22 +8,28 @@ from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from data_builders.records import InputError
 
 PARTS = ("vision", "projector", "llm")
 
 # How transformers names the parts of InternVL, LLaVA, LLaVA-OneVision, Gemma3 (multi_modal_projector), Idefics3,
-# SmolVLM (connector) and Qwen-VL, whose projector sits inside the tower (visual.merger).
-_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|visual\.(merger|deepstack_merger_list))\.")
+# SmolVLM (connector) and Qwen-VL, whose projector sits inside the tower (visual.merger). LLaVA-OneVision also has a
+# learned embedding that ends each row of patches (image_newline).
+_PROJECTOR = re.compile(
+    r"(^|\.)((multi_modal_projector|connector|visual\.(merger|deepstack_merger_list))\.|image_newline$)"
+)
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 
 
 def part_of(parameter: str) -> str:
     """The part of a vision-language model that a parameter belongs to, by its name.
 
-    >>> part_of("model.visual.merger.mlp.0.weight"), part_of("model.vision_tower.embeddings.weight"),
-    part_of("lm_head.weight") ('projector', 'vision', 'llm')
+    >>> part_of("model.visual.merger.mlp.0.weight"), part_of("model.vision_tower.embeddings.weight")
+    ('projector', 'vision')
+    >>> part_of("lm_head.weight")
+    'llm'
     """
     if _PROJECTOR.search(parameter):
         return "projector"
@@ -56,3 +62,25 @@ def train_parts(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
     if not wanted:
         raise InputError(f"`train` is empty: name at least one of {', '.join(PARTS)}.")
     return dict(trained)
+
+
+class LoadsItsCheckpoints:
+    """For a trainer of transformers: takes weights from a checkpoint the way `from_pretrained` does.
+
+    Transformers saves LLaVA and other families under older parameter names and translates them in `from_pretrained`,
+    but not where its Trainer resumes: there nothing matches, nothing is loaded, and training starts over.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled:
+            saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype, use_safetensors=True)
+            target.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()

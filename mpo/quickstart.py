@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from data_builders.records import InputError, Row, Summary
 from data_builders.shards import read_rows, read_stage, write_rows, write_text
 
 RunVerb = Callable[[str, Sequence[str]], Summary]
-NUM_SFT_ROWS, NUM_QUESTIONS, NUM_OPEN_QUESTIONS, NUM_TEST_QUESTIONS, NUM_GALLERY = 6000, 1600, 60, 2000, 12
-TOWER_STEPS = 300
+NUM_GALLERY = 12
+VISION_STEPS = 300  # of the vision tower's own training, before SFT
 _FOLDERS = ("data", "base", "sft", "responses", "verdicts", "pairs", "dropout_ntp", "mpo", "further_sft")
 _FOLDERS += ("evaluation", "gallery")
+_SIZES = ("sft_rows", "questions", "open_questions", "test_questions")
 _SEED_STRIDE = 100  # every file of the task has a seed of its own
 
 
@@ -48,6 +49,10 @@ class QuickstartConfig:
     split: str = field(
         default="test", metadata={"help": "Scans to evaluate on: test, or development when choosing settings."}
     )
+    sft_rows: int = field(default=6000, metadata={"help": "Conversations with rationales, over 60 scans."})
+    questions: int = field(default=1600, metadata={"help": "Questions with answers, over 1,000 other scans."})
+    open_questions: int = field(default=60, metadata={"help": "Questions without answers, for DropoutNTP."})
+    test_questions: int = field(default=2000, metadata={"help": "Questions to evaluate on."})
     configs: str = field(
         default="", metadata={"help": "Folder with a YAML file per verb; empty: those that come along."}
     )
@@ -116,11 +121,12 @@ def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
     """The method, step by step: which verb reads what and writes where."""
     at = {path.name: str(path) for path in (folder / name for name in _FOLDERS)}
     common = {"image_root": at["data"], "seed": str(config.seed)}
+    sizes = {name: str(getattr(config, name)) for name in ("seed", *_SIZES)}
     sft = {"data": f"{at['data']}/sft.jsonl", **common}
     pairs = f"[{at['pairs']}, {at['dropout_ntp']}]"
     models = {"SFT": at["sft"], "MPO": at["mpo"]}
     stages = [
-        Stage("task", prepare=lambda: write_task(folder, config.seed)),
+        Stage("task", settings=sizes, prepare=lambda: write_task(folder, config)),
         Stage("sft", "sft", {"model_name_or_path": at["base"], **sft, "output_dir": at["sft"]}),
         Stage(
             "sample",
@@ -178,34 +184,35 @@ def _stage_key(argv: list[str], config: QuickstartConfig) -> str:
     return hashlib.sha256(repr((words, texts)).encode()).hexdigest()[:16]
 
 
-def write_task(folder: Path, seed: int) -> None:
+def write_task(folder: Path, config: QuickstartConfig) -> None:
     """Writes pictures, questions, SFT rows and the untrained model.
 
     Args:
         folder: Gets `data/` (JSONL files, and `images/`) and `base/` (the model).
-        seed: Of everything that is drawn.
+        config: Sizes, and the seed of everything that is drawn.
     """
     from mpo import digits
 
     for name in ("data", "base"):  # a stage that was killed starts again
         shutil.rmtree(folder / name, ignore_errors=True)
-    data, parts, base = folder / "data", digits.split_scans(seed), seed * _SEED_STRIDE
-    digits.write_sft_rows(data / "sft.jsonl", parts["sft"], NUM_SFT_ROWS, seed=base + 1)
+    seed, base = config.seed, config.seed * _SEED_STRIDE
+    data, parts = folder / "data", digits.split_scans(config.seed)
+    digits.write_sft_rows(data / "sft.jsonl", parts["sft"], config.sft_rows, seed=base + 1)
     known, unknown = data / "known.jsonl", data / "open.jsonl"
-    digits.write_questions(known, parts["preference"], NUM_QUESTIONS, prefix="known", seed=base + 2)
+    digits.write_questions(known, parts["preference"], config.questions, prefix="known", seed=base + 2)
     digits.write_questions(
-        unknown, parts["preference"], NUM_OPEN_QUESTIONS, prefix="open", seed=base + 3, with_answers=False
+        unknown, parts["preference"], config.open_questions, prefix="open", seed=base + 3, with_answers=False
     )
     write_rows(data / "questions.jsonl", [*read_rows(known), *read_rows(unknown)])
     known.unlink()
     unknown.unlink()
     for number, split in enumerate(("development", "test"), 4):
         path = data / f"{split}.jsonl"
-        digits.write_questions(path, parts[split], NUM_TEST_QUESTIONS, prefix=split, seed=base + number)
+        digits.write_questions(path, parts[split], config.test_questions, prefix=split, seed=base + number)
     rows = list(read_rows(data / "sft.jsonl"))
     tokenizer = digits.train_tokenizer(m["content"] for row in rows for m in row["prompt"] + row["completion"])
     processor, model = digits.build_model(tokenizer, seed=seed)
-    digits.pretrain_tower(model, processor, parts["sft"], steps=TOWER_STEPS, seed=base + 6)
+    digits.pretrain_vision(model, processor, parts["sft"], steps=VISION_STEPS, seed=base + 6)
     processor.save_pretrained(folder / "base")
     model.save_pretrained(folder / "base")
 
@@ -260,14 +267,11 @@ def _run_seeds(config: QuickstartConfig) -> Summary:
 
 def _run_seed(config: QuickstartConfig, folder: Path, seed: int, jobs: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mpo", "quickstart", "--seed", str(seed), "--output", str(folder)]
-    command += [
-        "--further_sft",
-        "true",
-        "--split",
-        config.split,
-        *(["--configs", config.configs] * bool(config.configs)),
+    own = {**asdict(config), "seed": seed, "seeds": 1, "output": str(folder), "further_sft": True}
+    settings = [
+        word for name, value in own.items() if value != "" for word in (f"--{name}", json.dumps(value).strip('"'))
     ]
+    command = [sys.executable, "-m", "mpo", "quickstart", *settings]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     log = folder / "log.txt"
     with log.open("a", encoding="utf-8") as file:

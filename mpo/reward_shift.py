@@ -17,8 +17,8 @@ class RewardShift:
 
     Args:
         decay: None for the cumulative mean over all rewards seen, each counting once. Otherwise the weight that the
-            old mean keeps when a step's mean is taken in: mean <- decay * mean + (1 - decay) * step's mean, starting
-            with the first step's mean.
+            old mean keeps in a step: mean <- decay * mean + (1 - decay) * step's mean, starting from 0, which is what
+            rewards are before the first step. 1 keeps delta at 0: TRL's `bco_pair`.
 
     >>> shift = RewardShift()
     >>> shift.update([1.0, 3.0])
@@ -28,8 +28,8 @@ class RewardShift:
     """
 
     def __init__(self, decay: float | None = None) -> None:
-        if decay is not None and not 0.0 <= decay < 1.0:
-            raise ValueError(f"`reward_shift_decay` must be None (cumulative mean) or in [0, 1), got {decay}.")
+        if decay is not None and not 0.0 <= decay <= 1.0:
+            raise ValueError(f"`reward_shift_decay` must be None (cumulative mean) or in [0, 1], got {decay}.")
         self.decay = decay
         self.mean = 0.0
         self.count = 0
@@ -57,11 +57,8 @@ class RewardShift:
                 "Lower the learning rate, or train in bf16 or fp32 instead of fp16."
             )
         self.count += values.numel()
-        if self.count == values.numel():
-            self.mean = step_mean
-        else:
-            weight = values.numel() / self.count if self.decay is None else 1.0 - self.decay
-            self.mean += weight * (step_mean - self.mean)
+        weight = values.numel() / self.count if self.decay is None else 1.0 - self.decay
+        self.mean += weight * (step_mean - self.mean)
         return self.mean
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from data_builders.records import InputError, Summary
 from data_builders.samplers import load_model, load_processor
 from mpo.data import sft_dataset
-from mpo.models import PARTS, train_parts
+from mpo.models import PARTS, LoadsItsCheckpoints, train_parts
 from mpo.training import claim_output, require_output_dir, train_and_save
 
 
@@ -25,6 +25,10 @@ class SFTStageConfig:
         default_factory=lambda: list(PARTS),
         metadata={"help": "Parts that are trained: vision, projector, llm. LoRA chooses its own."},
     )
+
+
+class _Trainer(LoadsItsCheckpoints, SFTTrainer):
+    pass
 
 
 CONFIGS = (SFTStageConfig, ModelConfig, SFTConfig)
@@ -50,7 +54,7 @@ def run(config: SFTStageConfig, model_config: ModelConfig, args: SFTConfig) -> S
     )
     if not model_config.use_peft:
         train_parts(model, config.train)
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=model,
         args=args,
         train_dataset=dataset,

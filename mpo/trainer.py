@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from data_builders.shards import write_text
 from mpo.config import MPOConfig
 from mpo.losses import MPOLoss, generation_loss, mpo_loss
+from mpo.models import LoadsItsCheckpoints
 from mpo.reward_shift import RewardShift
 
 REWARD_SHIFT_FILE = "reward_shift.json"
@@ -45,7 +46,7 @@ class Scores(NamedTuple):
     outputs: Any
 
 
-class MPOTrainer(DPOTrainer):
+class MPOTrainer(LoadsItsCheckpoints, DPOTrainer):
     """Trains with Mixed Preference Optimization; takes exactly what `trl.DPOTrainer` takes.
 
     Besides TRL's metrics it logs `loss/preference`, `loss/quality`, `loss/generation` and `reward_shift`.
@@ -82,6 +83,7 @@ class MPOTrainer(DPOTrainer):
             )
         self.reward_shift = RewardShift(args.reward_shift_decay)
         self._step_rewards: list[Tensor] = []
+        self._step_size: Tensor | None = None
         super().__init__(model, ref_model, args, **kwargs)
         self.add_callback(_StepEnd(self))
 
@@ -90,10 +92,13 @@ class MPOTrainer(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         scores = self._score(model, inputs)
         chosen_rewards, rejected_rewards = (self.beta * (scores.logps - scores.ref_logps)).chunk(2)
+        pair_share, token_share = self._shares(inputs) if mode == "train" else (1.0, 1.0)
         generation = None
         if self.args.term_weights[2]:
             token_logps, mask = scores.token_logps.chunk(2)[0], scores.mask.chunk(2)[0]
             generation = generation_loss(token_logps.float(), mask, reduction=self.args.sft_reduction)
+            if self.args.sft_reduction == "token":
+                generation = generation * (token_share / pair_share)
         terms = mpo_loss(
             chosen_rewards,
             rejected_rewards,
@@ -101,7 +106,7 @@ class MPOTrainer(DPOTrainer):
             reward_shift=self.reward_shift.mean,
             weights=self.args.term_weights,
         )
-        loss = terms.loss
+        loss = terms.loss * pair_share
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
         if mode == "train":
@@ -111,6 +116,22 @@ class MPOTrainer(DPOTrainer):
             with torch.no_grad():
                 return loss, model(**_model_inputs(inputs))
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Transformers' seam for what has to be known of a whole optimizer step: its pairs and chosen tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        sizes = [_size(batch) for batch in batches] or [torch.zeros(2, dtype=torch.long)]
+        self._step_size = self.accelerator.reduce(torch.stack(sizes).sum(dim=0).to(device), reduction="sum")
+        return batches, num_items
+
+    def _shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
+        """What this micro-batch's means weigh in the step, by pairs and by chosen tokens; 1 where all are of one size.
+
+        Transformers divides by the number of micro-batches, and DDP and DeepSpeed by the number of ranks, later on.
+        """
+        parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        shares = _size(inputs).to(self._step_size.device) * parts / self._step_size.clamp(min=1)
+        return tuple(shares.tolist())
 
     def _score(self, model: Any, inputs: dict[str, Any]) -> Scores:
         model_inputs = _model_inputs(inputs)
@@ -238,6 +259,13 @@ def sequence_logps(token_logps: Tensor, mask: Tensor, ld_alpha: float | None = N
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)  # (2B,)
     in_tail = mask.cumsum(dim=1) > shared[:, None]
     return torch.where(in_tail, ld_alpha * masked, masked).sum(dim=1)
+
+
+def _size(batch: dict[str, Any]) -> Tensor:
+    """Pairs, and tokens of chosen responses, (2,)."""
+    mask = batch["completion_mask"]
+    num_pairs = mask.size(0) // 2
+    return torch.stack([torch.tensor(num_pairs, device=mask.device), mask[:num_pairs, 1:].sum()])
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

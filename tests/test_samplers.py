@@ -1,0 +1,447 @@
+"""The in-process sampler on a tiny LLaVA: what decides a completion, what may never be in one, and what is refused.
+
+The weights are random and large, so that every token depends on the prompt and on the pictures.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from data_builders.records import InputError
+from data_builders.samplers import Completion, HFSampler, Request, SamplingSettings, load_model, load_processor
+from mpo import digits
+
+GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=8)
+DRAWN = SamplingSettings(temperature=1.0, max_new_tokens=8)
+IMAGES = tuple(f"images/known-{number:05d}.png" for number in range(6))
+REQUESTS = [
+    Request("What is the sum of the digits in the picture, all of them?", IMAGES[:1]),
+    Request("And without a picture?"),
+    Request("What do both show?", IMAGES[1:3]),
+    Request("And these three?", IMAGES[3:6]),
+    Request("Short?"),
+    Request("What is the largest digit?", IMAGES[1:2]),
+]
+
+
+def enlarge_weights(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5.0)
+
+
+@pytest.fixture(scope="module")
+def loaded(task: Path) -> HFSampler:
+    sampler = HFSampler(str(task / "model"), image_root=task, device="cpu")
+    enlarge_weights(sampler.model)
+    return sampler
+
+
+@pytest.fixture
+def sampler(loaded: HFSampler, monkeypatch: pytest.MonkeyPatch) -> HFSampler:
+    """The loaded sampler; what a test sets on it is undone."""
+    monkeypatch.setattr(loaded, "batch_size", 64)
+    return loaded
+
+
+@pytest.fixture
+def calls(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments of every call of the model's `generate`, and the `output` that it gave."""
+    seen, generate = [], sampler.model.generate
+
+    def spy(**arguments: Any) -> torch.Tensor:
+        seen.append({**arguments, "output": generate(**arguments)})
+        return seen[-1]["output"]
+
+    monkeypatch.setattr(sampler.model, "generate", spy)
+    return seen
+
+
+@pytest.fixture
+def favour(sampler: HFSampler) -> Iterator[Callable[..., None]]:
+    """Makes the model want a token above all others, or (below 0) not at all."""
+    hooks = []
+
+    def put(token: int, by: float = 1e4) -> None:
+        def change(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+            return logits + by * torch.nn.functional.one_hot(torch.tensor(token), logits.shape[-1])
+
+        hooks.append(sampler.model.lm_head.register_forward_hook(change))
+
+    yield put
+    for hook in hooks:
+        hook.remove()
+
+
+def texts(completions: list[list[Completion]]) -> list[list[str]]:
+    return [[completion.text for completion in group] for group in completions]
+
+
+def prompt_inputs(sampler: HFSampler, request: Request) -> Any:
+    """One request as the model's own processor sees it."""
+    content = [*({"type": "image"} for _ in request.images), {"type": "text", "text": request.prompt}]
+    text = sampler.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    pictures = [Image.open(sampler.image_root / name).convert("RGB") for name in request.images] or None
+    return sampler.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=False)
+
+
+def argmax_by_hand(sampler: HFSampler, request: Request, steps: int) -> str:
+    """Greedy decoding with one whole forward pass per token, no cache, no batch and no `generate`."""
+    inputs = dict(prompt_inputs(sampler, request))
+    generated: list[int] = []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = sampler.model(**inputs).logits[0, -1]
+        logits[sampler.tokenizer.image_token_id] = -torch.inf
+        token = int(logits.argmax())
+        if token == sampler.tokenizer.eos_token_id:
+            break
+        generated.append(token)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return sampler.tokenizer.decode(generated, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: f"{len(r.images)} images")
+def test_greedy_is_the_likeliest_token_at_every_step(sampler: HFSampler, request_: Request) -> None:
+    ((completion,),) = sampler.sample([request_], 1, GREEDY)
+    assert completion.text == argmax_by_hand(sampler, request_, GREEDY.max_new_tokens)
+
+
+def test_a_batch_of_any_mix_gives_each_request_what_it_gets_alone(
+    sampler: HFSampler, calls: list[dict[str, Any]]
+) -> None:
+    together = sampler.sample(REQUESTS, 1, GREEDY)
+    assert ["pixel_values" in call for call in calls] == [False, True]
+    assert [call["input_ids"].shape[0] for call in calls] == [2, 4]
+    alone = [sampler.sample([request], 1, GREEDY)[0] for request in REQUESTS]
+    assert together == alone
+    assert len({text for (text,) in texts(together)}) == len(REQUESTS)
+
+
+def test_completions_stand_in_the_order_of_the_requests(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = dict(zip(REQUESTS, sampler.sample(REQUESTS, 1, GREEDY), strict=True))
+    monkeypatch.setattr(sampler, "batch_size", 2)
+    shuffled = [REQUESTS[i] for i in (4, 2, 0, 5, 1, 3)]
+    assert sampler.sample(shuffled, 1, GREEDY) == [expected[request] for request in shuffled]
+
+
+def test_every_completion_of_a_request_sees_all_its_pictures_in_their_order(sampler: HFSampler) -> None:
+    nearly_greedy = replace(GREEDY, temperature=1e-4)
+    greedy = texts(sampler.sample(REQUESTS, 1, GREEDY))
+    assert texts(sampler.sample(REQUESTS, 3, nearly_greedy)) == [group * 3 for group in greedy]
+    swapped = Request(REQUESTS[2].prompt, REQUESTS[2].images[::-1])
+    assert texts(sampler.sample([swapped], 1, GREEDY)) != [greedy[2]]
+
+
+def test_the_same_seed_gives_the_same_completions_and_another_seed_others(sampler: HFSampler) -> None:
+    first = sampler.sample(REQUESTS, 4, DRAWN)
+    torch.rand(7)
+    assert sampler.sample(REQUESTS, 4, DRAWN) == first
+    assert sampler.sample(REQUESTS, 4, replace(DRAWN, seed=1)) != first
+    assert all(len(set(group)) == 4 for group in texts(first))
+
+
+def test_sampling_leaves_the_process_wide_random_numbers_alone(sampler: HFSampler) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sampler.sample(REQUESTS[:1], 2, DRAWN)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_was_drawn_does_not_depend_on_other_batches(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "batch_size", 4)  # one request with its four completions
+    together = sampler.sample(REQUESTS, 4, DRAWN)
+    assert [sampler.sample([request], 4, DRAWN)[0] for request in REQUESTS] == together
+    assert sampler.sample(REQUESTS[::-1], 4, DRAWN) == together[::-1]
+
+
+def test_requests_in_one_batch_are_drawn_together(sampler: HFSampler) -> None:
+    """One seed per batch: the same chunk of requests gives the same completions, a request in other company others."""
+    both = [REQUESTS[1], REQUESTS[4]]
+    together = sampler.sample(both, 4, DRAWN)
+    assert sampler.sample(both, 4, DRAWN) == together
+    assert sampler.sample(both[:1], 4, DRAWN)[0] != together[0]
+
+
+def test_a_batch_holds_whole_requests_and_at_most_batch_size_completions(
+    sampler: HFSampler, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "batch_size", 7)
+    sampler.sample([Request(f"Number {number}?") for number in range(5)], 3, DRAWN)
+    assert [len(call["output"]) for call in calls] == [6, 6, 3]
+    monkeypatch.setattr(sampler, "batch_size", 2)
+    sampler.sample([Request("One?"), Request("Two?")], 3, DRAWN)
+    assert [len(call["output"]) for call in calls[3:]] == [3, 3]
+
+
+def test_nothing_asked_is_nothing_answered(sampler: HFSampler) -> None:
+    assert sampler.sample([], 4, DRAWN) == []
+
+
+def test_several_greedy_completions_are_one_repeated(sampler: HFSampler, calls: list[dict[str, Any]]) -> None:
+    completions = sampler.sample(REQUESTS[:2], 3, GREEDY)
+    assert [len(call["output"]) for call in calls] == [1, 1]
+    assert completions == [[group[0]] * 3 for group in sampler.sample(REQUESTS[:2], 1, GREEDY)]
+
+
+def test_temperature_top_k_and_top_p_shape_what_is_drawn(sampler: HFSampler) -> None:
+    greedy = texts(sampler.sample(REQUESTS[:1], 1, GREEDY))[0][0]
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert set(texts(sampler.sample(REQUESTS[:1], 6, replace(DRAWN, **narrow)))[0]) == {greedy}
+    assert len(set(texts(sampler.sample(REQUESTS[:1], 6, DRAWN))[0])) > 1
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN])
+def test_no_image_token_is_generated_even_if_the_model_wants_nothing_else(
+    sampler: HFSampler, calls: list[dict[str, Any]], favour: Callable[..., None], settings: SamplingSettings
+) -> None:
+    image_token = sampler.tokenizer.image_token_id
+    favour(image_token)
+    inputs = prompt_inputs(sampler, REQUESTS[0])
+    with torch.no_grad():
+        assert int(sampler.model(**inputs).logits[0, -1].argmax()) == image_token
+    completions = sampler.sample(REQUESTS, 2, settings)
+    for call in calls:
+        assert image_token not in call["output"][:, call["input_ids"].shape[1] :]
+    assert [completion.error for group in completions for completion in group] == [None] * 2 * len(REQUESTS)
+
+
+def play_back(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """Makes the model answer with these tokens, whatever it is asked."""
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor(tokens).expand(len(input_ids), -1)], dim=1)
+
+    monkeypatch.setattr(sampler.model, "generate", generate)
+
+
+def test_a_response_that_spells_the_image_token_is_an_error_and_not_a_crash_later(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spelled = [id for part in ("see <ima", "ge> here") for id in sampler.tokenizer(part)["input_ids"]]
+    play_back(sampler, monkeypatch, spelled)
+    ((completion,),) = sampler.sample([Request("What?")], 1, GREEDY)
+    assert completion == Completion("see <image> here", "error", "the response contains an image token")
+
+
+def test_a_prefix_that_spells_the_image_token_is_an_error_of_that_request_alone(sampler: HFSampler) -> None:
+    plain = Request("What?", (), "It is")
+    spelled, whole = sampler.sample([Request("What?", (), "The <image> is"), plain], 2, GREEDY)
+    assert spelled == [Completion("The <image> is", "error", "the prefix contains an image token")] * 2
+    assert [whole[0].error, whole] == [None, sampler.sample([plain], 2, GREEDY)[0]]
+
+
+@pytest.mark.parametrize("images", [(), IMAGES[:1]])
+def test_a_question_that_contains_the_image_token_is_refused_with_advice(
+    sampler: HFSampler, images: tuple[str, ...]
+) -> None:
+    with pytest.raises(
+        InputError, match=r"the prompt '<image>\\nWhat\?' contains <image>.*take it out of the questio"
+    ):
+        sampler.sample([Request("<image>\nWhat?", images)], 1, GREEDY)
+
+
+def test_a_prefix_is_what_the_model_goes_on_from(sampler: HFSampler, calls: list[dict[str, Any]]) -> None:
+    prefix = "top-left is 3. top-right is"
+    (group,) = sampler.sample([replace(REQUESTS[0], prefix=prefix)], 3, DRAWN)
+    assert all(completion.text.startswith(prefix) and len(completion.text) > len(prefix) for completion in group)
+    asked = sampler.tokenizer.decode(calls[0]["input_ids"][0])
+    assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n" + prefix)
+    new = calls[0]["output"][:, calls[0]["input_ids"].shape[1] :]
+    assert [completion.text for completion in group] == [prefix + sampler.tokenizer.decode(row) for row in new]
+
+
+def test_requests_with_and_without_prefix_share_a_batch(sampler: HFSampler, calls: list[dict[str, Any]]) -> None:
+    requests = [REQUESTS[1], replace(REQUESTS[1], prefix="top-left is 3."), REQUESTS[4]]
+    together = sampler.sample(requests, 1, GREEDY)
+    assert len(calls) == 1
+    assert together == [sampler.sample([request], 1, GREEDY)[0] for request in requests]
+
+
+def test_the_seam_behind_a_prefix_is_as_the_model_wrote_it(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for continuation in (" three", "three", ", three", "\nthree", "ee"):
+        play_back(sampler, monkeypatch, sampler.tokenizer(continuation)["input_ids"])
+        ((completion,),) = sampler.sample([Request("Count.", (), "one two")], 1, GREEDY)
+        assert completion.text == "one two" + continuation
+
+
+def test_words_are_not_glued_where_the_tokenizer_drops_the_space_before_a_first_token(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SentencePiece tokenizers do, those of LLaVA and InternVL2 among them."""
+    sampler = metaspace_sampler(task, tmp_path)
+    ids = sampler.tokenizer.convert_tokens_to_ids(["▁three", "▁four"])
+    assert sampler.tokenizer.decode(ids) == "three four"
+    play_back(sampler, monkeypatch, ids)
+    completions = sampler.sample([Request("Count.", (), "one two"), Request("Count.")], 1, GREEDY)
+    assert texts(completions) == [["one two three four"], ["three four"]]
+
+
+def metaspace_sampler(task: Path, folder: Path) -> HFSampler:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, show_progress=False, min_frequency=1)
+    tokenizer.train_from_iterator(["one two three four", "user\nassistant\nCount."], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        eos_token=special[1],
+        extra_special_tokens={"image_token": special[3]},
+    )
+    processor, model = digits.build_model(fast, seed=0)
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return HFSampler(str(folder), image_root=task, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["top-left is 3. What is the sum?", "  two  spaces\n\nand lines ", "x", ""])
+def test_token_ends_cut_a_text_where_its_tokens_end(sampler: HFSampler, text: str) -> None:
+    ids, ends = sampler.tokenizer(text)["input_ids"], sampler.token_ends(text)
+    assert [text[:end] for end in ends] == [sampler.tokenizer.decode(ids[:count]) for count in range(1, len(ids) + 1)]
+
+
+def test_token_ends_never_cut_a_character(sampler: HFSampler) -> None:
+    assert sampler.token_ends("图 猫") == [1, 1, 1, 2, 3, 3, 3]  # a character is three tokens of one byte each
+
+
+def test_a_completion_ends_where_the_model_ends_it(sampler: HFSampler, favour: Callable[..., None]) -> None:
+    favour(sampler.tokenizer.eos_token_id)
+    assert sampler.sample(REQUESTS[:2], 2, DRAWN) == [[Completion("", "stop")] * 2] * 2
+    assert sampler.sample(REQUESTS[:1], 1, replace(DRAWN, max_new_tokens=1)) == [[Completion("", "stop")]]
+
+
+def test_a_completion_that_reaches_the_limit_is_cut_off(
+    sampler: HFSampler, favour: Callable[..., None], calls: list[dict[str, Any]]
+) -> None:
+    favour(sampler.tokenizer.eos_token_id, -1e4)
+    completions = sampler.sample(REQUESTS, 2, replace(DRAWN, max_new_tokens=3))
+    assert {completion.finish_reason for group in completions for completion in group} == {"length"}
+    assert {call["output"].shape[1] - call["input_ids"].shape[1] for call in calls} == {3}
+
+
+def test_a_short_completion_beside_a_long_one_loses_its_padding(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, pad = sampler.tokenizer.eos_token_id, sampler.tokenizer.pad_token_id
+    play_back(sampler, monkeypatch, [*sampler.tokenizer("So 5")["input_ids"], end, pad, pad])
+    assert sampler.sample([Request("?")], 1, GREEDY) == [[Completion("So 5", "stop")]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("temperature", -0.1, "at least 0"),
+        ("temperature", float("nan"), "at least 0"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_p", 1.5, "above 0 and at most 1"),
+        ("top_k", -1, "at least 0"),
+        ("max_new_tokens", 0, "at least 1"),
+    ],
+)
+def test_settings_that_nothing_can_be_drawn_with_are_refused(name: str, value: float, words: str) -> None:
+    with pytest.raises(InputError, match=f"`{name}` must be {words}.*, got {value}"):
+        SamplingSettings(**{name: value})
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "there is no model folder /no/such/folder, and it is not a Hub name"),
+        ("sft", "there is no model folder sft, and it is not a Hub name"),
+        ("runs/one/sft", "there is no model folder runs/one/sft, and it is not a Hub name"),
+        (
+            "runs/sft",
+            r"there is no model folder runs/sft, and it could not be taken from the Hub either .* Check the p",
+        ),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_with_advice(load: Callable[..., Any], name: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        load(name)
+
+
+@pytest.fixture
+def copy(task: Path, tmp_path: Path) -> Path:
+    """A model folder that a test may damage."""
+    return Path(shutil.copytree(task / "model", tmp_path / "model"))
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor])
+def test_a_folder_without_a_config_is_no_model(copy: Path, load: Callable[..., Any]) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(InputError, match=r"is not a model folder \(it has no config\.json\): the step that writes it"):
+        load(copy)
+
+
+def test_a_folder_without_a_processor_is_refused_with_where_to_get_one(copy: Path) -> None:
+    (copy / "processor_config.json").unlink()
+    advice = r"(?s)has no processor for text and images .* copy them from the model it was trained from, or call `proc"
+    with pytest.raises(InputError, match=advice):
+        load_processor(copy)
+
+
+def test_a_language_model_without_eyes_is_refused(tmp_path: Path, task: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, **small)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(task / "model" / name, tmp_path)
+    with pytest.raises(InputError, match="(?s)cannot be loaded as a vision-language model .* takes images and text"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="has no processor for text and images"):
+        load_processor(tmp_path)
+
+
+def test_a_model_of_an_unknown_kind_or_with_a_broken_config_is_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    for text in (json.dumps({**config, "model_type": "unheard"}), '{"model_type": '):
+        (copy / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match="(?s)cannot be loaded as a vision-language model"):
+            load_model(copy)
+
+
+def test_weights_that_were_cut_off_are_refused(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"cannot be loaded .* It must be a whole model folder"):
+        load_model(copy)
+
+
+def test_pickled_weights_are_never_opened(copy: Path) -> None:
+    model = load_model(copy)
+    (copy / "model.safetensors").unlink()
+    torch.save(model.state_dict(), copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no file named model\.safetensors .* with weights in safetensors"):
+        load_model(copy)
+
+
+def test_a_model_keeps_the_type_it_was_saved_in_unless_told_otherwise(copy: Path, task: Path) -> None:
+    load_model(copy, dtype="bfloat16").save_pretrained(copy)
+    assert load_model(copy).dtype == torch.bfloat16
+    assert load_model(copy, dtype="float32").dtype == torch.float32
+    sampler = HFSampler(str(copy), image_root=task, device="cpu")
+    assert sampler.model.dtype == torch.bfloat16
+    assert len(sampler.sample(REQUESTS, 1, GREEDY)) == len(REQUESTS)
+
+
+def test_a_missing_picture_is_refused_with_its_name(sampler: HFSampler) -> None:
+    with pytest.raises(InputError, match=r"image 'images/none\.png' does not exist under the image root"):
+        sampler.sample([Request("What?", ("images/none.png",))], 1, GREEDY)
