@@ -7,6 +7,7 @@ is `trl.DPOConfig`'s.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 TERMS = ("sigmoid", "bco_pair", "sft")  # TRL's names of preference, quality and generation loss
@@ -57,6 +58,8 @@ class MPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         """Refuses what MPO's loss cannot honour; no option is silently ignored."""
+        if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False  # TRL turns it on wherever fp16 is off, which fails on a laptop
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         unknown = sorted(set(self.loss_type) - set(TERMS))

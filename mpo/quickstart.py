@@ -50,8 +50,8 @@ class QuickstartConfig:
         default="test", metadata={"help": "Scans to evaluate on: test, or development when choosing settings."}
     )
     sft_rows: int = field(default=6000, metadata={"help": "Conversations with rationales, over 60 scans."})
-    questions: int = field(default=1600, metadata={"help": "Questions with answers, over 1,000 other scans."})
-    open_questions: int = field(default=60, metadata={"help": "Questions without answers, for DropoutNTP."})
+    questions: int = field(default=3200, metadata={"help": "Questions with answers, over 1,000 other scans."})
+    open_questions: int = field(default=100, metadata={"help": "Questions without answers, for DropoutNTP."})
     test_questions: int = field(default=2000, metadata={"help": "Questions to evaluate on."})
     configs: str = field(
         default="", metadata={"help": "Folder with a YAML file per verb; empty: those that come along."}

@@ -1,4 +1,4 @@
-"""What several test files need: a small task on disk and an untrained vision-language model that fits it."""
+"""What several test files need: a small task with an untrained model, and a quickstart of a few seconds."""
 
 import os
 from pathlib import Path
@@ -6,14 +6,27 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test looks anything up
 
 import pytest
+import yaml
 
 from data_builders.shards import read_rows
 from mpo import digits
+from mpo.cli import run_verb
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"sft_rows": 64, "questions": 24, "open_questions": 3, "test_questions": 12}
+SMALL = {  # answers of one token, which a model can get right by luck after seconds
+    "sft": {"max_steps": 100, "save_steps": 20, "learning_rate": 2e-3, "disable_tqdm": True},
+    "further_sft": {"max_steps": 1, "save_steps": 1, "disable_tqdm": True},
+    "train": {"max_steps": 3, "save_steps": 1, "logging_steps": 1, "disable_tqdm": True},
+    "sample": {"prompt": "direct", "max_new_tokens": 6, "num_responses": 8, "shard_size": 4},
+    "dropout_ntp": {"ratio": 0.0, "max_new_tokens": 4},
+    "eval": {"max_new_tokens": 8, "shard_size": 5, "prompts": ["final_answer", "direct"]},
+}
 
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `sft.jsonl` (48 rows), `questions.jsonl` (12 with answers), `open.jsonl` (4 without) and `model/`."""
+    """A folder with `sft.jsonl` (48 rows), `questions.jsonl` (12), `open.jsonl` (4, no answers) and `model/`."""
     folder = tmp_path_factory.mktemp("task")
     parts = digits.split_scans(seed=0)
     digits.write_sft_rows(folder / "sft.jsonl", parts["sft"], 48, seed=1)
@@ -25,3 +38,25 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder / "model")
     model.save_pretrained(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped settings, cut down to seconds."""
+    folder = tmp_path_factory.mktemp("configs")
+    for path in (ROOT / "configs" / "quickstart").glob("*.yaml"):
+        settings = {**yaml.safe_load(path.read_text()), **SMALL.get(path.stem, {})}
+        (folder / path.name).write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def quickstart_arguments(output: Path, configs: Path) -> list[str]:
+    words = {"output": output, "configs": configs, **SIZES}
+    return [word for key, value in words.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run_verb("quickstart", quickstart_arguments(output, configs))
+    return output

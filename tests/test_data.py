@@ -119,6 +119,7 @@ def test_conversations_are_prompt_and_completion(root: Path) -> None:
         ["What?"],
         {"role": "user", "content": "What?"},
         [{"role": "user"}],
+        [{"content": "What?"}],
         [{"from": "human", "value": "What?"}],
         [{"role": "user", "content": [{"type": "text", "text": "What?"}]}],
         [{"role": "user", "content": None}],

@@ -1,5 +1,6 @@
 """`mpo dropout-ntp`: where a response is cut, what the model is asked, and which continuations make no pair."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -128,6 +129,13 @@ def test_the_model_goes_on_without_the_image() -> None:
     inventor = Inventor()
     continue_rows([response()], inventor, SETTINGS, CONFIG)
     assert inventor.requests == [Request("What? Say.", (), "one two")]
+
+
+def test_a_response_is_cut_at_the_models_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    inventor = Inventor()
+    monkeypatch.setattr(inventor, "token_ends", lambda text: list(range(1, len(text) + 1)))
+    continue_rows([response()], inventor, SETTINGS, CONFIG)
+    assert [request.prefix for request in inventor.requests] == ["one two t"]
 
 
 def test_as_a_control_the_model_goes_on_with_the_image() -> None:
@@ -296,6 +304,17 @@ def test_broken_responses_are_refused_before_anything_is_written(config: Dropout
     with pytest.raises(InputError, match=r"00001\.jsonl, line 1: `prompt` is missing"):
         run(config)
     assert not Path(config.output).exists()
+
+
+def test_a_model_that_was_trained_further_does_not_go_on_with_another_ones_pairs(
+    config: DropoutNTPConfig, tmp_path: Path
+) -> None:
+    model = shutil.copytree(config.model, tmp_path / "model")
+    run(replace(config, model=str(model)))
+    text = (model / "generation_config.json").read_text(encoding="utf-8")
+    (model / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"was filled with other settings \(inputs: then"):
+        run(replace(config, model=str(model)))
 
 
 def test_another_setting_wants_another_folder(config: DropoutNTPConfig) -> None:

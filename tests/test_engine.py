@@ -122,7 +122,7 @@ def test_a_chunk_of_which_nothing_is_left_is_an_empty_shard_and_is_not_made_agai
 
 def test_what_was_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     assert drop_note(tmp_path) == []
-    reasons = ["cut off"] * 1200 + ["failed"]
+    reasons = ["failed"] + ["cut off"] * 1200
     write_rows(tmp_path / "dropped" / "00000.jsonl", [{"id": str(i), "reason": r} for i, r in enumerate(reasons)])
     write_rows(tmp_path / "dropped" / "00001.jsonl", [{"id": "z", "reason": "failed"}])
     assert drop_reasons(tmp_path) == {"cut off": 1200, "failed": 2}

@@ -172,6 +172,13 @@ def test_parts_that_are_there_are_not_made_again(config: EvalConfig, monkeypatch
     assert content(config.output) == before
 
 
+def test_a_model_is_loaded_once_for_all_its_parts(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = [], evaluate.HFSampler
+    monkeypatch.setattr(evaluate, "HFSampler", lambda model, **rest: loaded.append(model) or load(model, **rest))
+    run(config)
+    assert loaded == [entry.partition("=")[2] for entry in config.models]
+
+
 def test_a_finished_evaluation_loads_no_model(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config)
 

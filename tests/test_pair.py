@@ -99,6 +99,7 @@ def test_at_most_so_many_pairs_are_kept_and_none_twice(count: int, expected: int
     pairs = make_pairs(many("q"), max_pairs=count)
     assert len(set(sides(pairs))) == len(pairs) == expected
     assert [pair["id"] for pair in pairs] == [f"q#{number}" for number in range(expected)]
+    assert (sides(pairs) == sorted(sides(pairs))) == (expected in (1, 36))  # in order where none is left out
 
 
 def test_the_default_is_the_fifteen_pairs_of_mmpr() -> None:

@@ -9,46 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from conftest import ROOT
+from conftest import quickstart_arguments as arguments
 
 from data_builders.records import InputError
 from data_builders.shards import read_rows
 from mpo import digits
 from mpo.cli import run_verb
 from mpo.quickstart import mean_interval
-
-ROOT = Path(__file__).parent.parent
-SIZES = {"sft_rows": 64, "questions": 24, "open_questions": 3, "test_questions": 12}
-SMALL = {  # answers of one token, which a model can get right by luck after seconds
-    "sft": {"max_steps": 60, "save_steps": 20, "disable_tqdm": True},
-    "further_sft": {"max_steps": 1, "save_steps": 1, "disable_tqdm": True},
-    "train": {"max_steps": 3, "save_steps": 1, "logging_steps": 1, "disable_tqdm": True},
-    "sample": {"prompt": "direct", "max_new_tokens": 4, "shard_size": 4},
-    "dropout_ntp": {"ratio": 0.0, "max_new_tokens": 4},
-    "eval": {"max_new_tokens": 8, "shard_size": 5, "prompts": ["final_answer", "direct"]},
-}
-
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped settings, cut down to seconds."""
-    folder = tmp_path_factory.mktemp("configs")
-    for path in (ROOT / "configs" / "quickstart").glob("*.yaml"):
-        settings = {**yaml.safe_load(path.read_text()), **SMALL.get(path.stem, {})}
-        (folder / path.name).write_text(yaml.safe_dump(settings))
-    return folder
-
-
-def arguments(output: Path, configs: Path) -> list[str]:
-    words = {"output": output, "configs": configs, **SIZES}
-    return [word for key, value in words.items() for word in (f"--{key}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    run_verb("quickstart", arguments(output, configs))
-    return output
 
 
 def rows_of(folder: Path) -> dict[str, str]:

@@ -77,7 +77,8 @@ def test_what_is_no_object_is_shown(row: Any) -> None:
     assert str(error.value) == (f"a.jsonl, line 7: expected a JSON object with the fields of a Question, got {row!r}.")
 
 
-def test_a_long_value_is_shown_in_part() -> None:
+@pytest.mark.parametrize("row", [{**QUESTION, "images": "x" * 10_000}, ["x" * 10_000]])
+def test_a_long_value_is_shown_in_part(row: Any) -> None:
     with pytest.raises(InputError) as error:
-        check_row({**QUESTION, "images": "x" * 10_000}, Question, "here")
+        check_row(row, Question, "here")
     assert len(str(error.value)) < 400

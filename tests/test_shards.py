@@ -118,11 +118,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_shards_of_a_folder_are_its_jsonl_files_in_order_of_name(tmp_path: Path) -> None:
-    for name in ("00010.jsonl", "00002.jsonl", ".00003.jsonl", "settings.json", "notes.txt", "00001.jsonl.tmp"):
+    shards = [f"{number:05d}.jsonl" for number in range(12)]
+    for name in (*reversed(shards), ".00003.jsonl", "settings.json", "notes.txt", "00012.jsonl.tmp"):
         (tmp_path / name).write_text(GOOD, encoding="utf-8")
     (tmp_path / "dropped").mkdir()
     write_rows(tmp_path / "dropped" / "00002.jsonl", [{"id": "q", "reason": "failed"}])
-    assert [path.name for path in shard_paths(tmp_path)] == ["00002.jsonl", "00010.jsonl"]
+    assert [path.name for path in shard_paths(tmp_path)] == shards
     assert shard_paths(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
 
 

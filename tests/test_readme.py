@@ -1,0 +1,99 @@
+"""What the README and the examples show, run on a small model."""
+
+import doctest
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from data_builders.shards import read_stage, write_rows
+from mpo.cli import run_verb
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line)[1:]
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("mpo ")
+]
+SHORTER = {  # what makes a command of the README end in seconds with a model that has learned for seconds
+    "sample": ["--prompt", "direct", "--max_new_tokens", "4"],
+    "dropout-ntp": ["--ratio", "0", "--max_new_tokens", "4"],
+    "train": ["--max_steps", "1", "--use_cpu", "true", "--gradient_checkpointing", "false", "--report_to", "none"],
+    "eval": ["--max_new_tokens", "4"],
+}
+
+
+@pytest.fixture
+def workplace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that holds what the README's commands name: a model after SFT, questions, tests and images."""
+    shutil.copytree(finished / "sft", tmp_path / "my-sft-model")
+    shutil.copytree(finished / "data" / "images", tmp_path / "images" / "images")
+    shutil.copy(finished / "data" / "questions.jsonl", tmp_path)
+    shutil.copy(finished / "data" / "test.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_lead_from_questions_to_a_report(workplace: Path) -> None:
+    verbs = [command[0] for command in COMMANDS]
+    assert verbs == ["sample", "judge", "pair", "dropout-ntp", "train", "eval", "report"]
+    for verb, *settings in COMMANDS:
+        run_verb(verb, [*settings, *SHORTER.get(verb, [])])
+    assert (workplace / "my-mpo-model" / "reward_shift.json").exists() or (workplace / "my-mpo-model").is_dir()
+    assert (workplace / "report.html").stat().st_size > 10_000
+
+
+def test_the_script_trains(workplace: Path, finished: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in list(read_stage(finished / "pairs"))[:4]
+    ]
+    write_rows(workplace / "preferences.jsonl", rows)
+    script = next(code for code in PYTHON if "MPOTrainer(" in code)
+    namespace: dict = {}
+    exec(compile(script, "README.md", "exec"), namespace)
+    assert namespace["trainer"].state.global_step > 0
+
+
+def test_the_training_loop_of_ones_own_steps() -> None:
+    code = next(code for code in PYTHON if "terms.loss.backward()" in code)
+    rewards = torch.tensor([0.5, 0.1], requires_grad=True)
+    namespace = {
+        "chosen_token_logps": torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True),
+        "chosen_mask": torch.tensor([[1, 1], [1, 0]]),
+        "chosen_rewards": rewards,
+        "rejected_rewards": torch.tensor([0.2, 0.0]),
+    }
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert rewards.grad is not None
+    assert namespace["shift"].mean == pytest.approx(0.2)
+
+
+def test_the_sessions_show_what_python_answers() -> None:
+    for code in PYTHON:
+        test = doctest.DocTestParser().get_doctest(code, {}, "README.md", "README.md", 0)
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_the_example_script_trains_and_saves(finished: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    write_rows(pairs, list(read_stage(finished / "pairs"))[:3])
+    command = [sys.executable, str(ROOT / "examples" / "train_mpo.py")]
+    command += [str(finished / "sft"), str(pairs), str(finished / "data"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "reward shift after training" in result.stdout
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llava"
