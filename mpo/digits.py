@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 CELL, SIZE = 16, 32  # pixels: a digit's cell, the picture's side
-PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+PLACES = ("first", "second", "third", "fourth")  # in reading order
 KINDS = ("sum", "largest", "count")
 COT, DIRECT = "final_answer", "direct"
 NUM_SFT_SCANS, NUM_DEVELOPMENT_SCANS, NUM_TEST_SCANS = 60, 237, 500
@@ -102,8 +102,7 @@ def ask(kind: str, digits: Iterable[int], threshold: int) -> tuple[str, str, str
         threshold: k of "how many digits are larger than k".
 
     >>> ask("sum", [3, 5, 8, 1], 0)[1]
-    'top-left is 3. top-right is 5, 3 + 5 = 8. bottom-left is 8, 8 + 8 = 16. bottom-right is 1, 16 + 1 = 17. Final
-    answer: 17'
+    'first is 3. second is 5, sum 8. third is 8, sum 16. fourth is 1, sum 17. Final answer: 17'
     """
     questions = {
         "sum": "What is the sum of the digits?",
@@ -115,7 +114,7 @@ def ask(kind: str, digits: Iterable[int], threshold: int) -> tuple[str, str, str
         before = result
         if kind == "sum":
             result = before + digit
-            step = f", {before} + {digit} = {result}" if position else ""
+            step = f", sum {result}" if position else ""
         elif kind == "largest":
             result = max(before, digit)
             step = f", largest {result}"

@@ -50,7 +50,7 @@ class QuickstartConfig:
         default="test", metadata={"help": "Scans to evaluate on: test, or development when choosing settings."}
     )
     sft_rows: int = field(default=6000, metadata={"help": "Conversations with rationales, over 60 scans."})
-    questions: int = field(default=3200, metadata={"help": "Questions with answers, over 1,000 other scans."})
+    questions: int = field(default=4800, metadata={"help": "Questions with answers, over 1,000 other scans."})
     open_questions: int = field(default=100, metadata={"help": "Questions without answers, for DropoutNTP."})
     test_questions: int = field(default=2000, metadata={"help": "Questions to evaluate on."})
     configs: str = field(
@@ -66,16 +66,18 @@ class Stage:
     """One step of the method.
 
     Attributes:
-        name: What the run's record calls it; its settings file too, where there is one of that name.
+        name: What the run's record calls it.
         verb: What runs; empty for a step of this module alone.
         settings: What this run sets besides the file.
         prepare: Writes what the verb reads.
+        config: The settings file; empty for the one of the verb's name.
     """
 
     name: str
     verb: str = ""
     settings: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[], None] | None = None
+    config: str = ""
 
 
 def run(config: QuickstartConfig, *, run_verb: RunVerb) -> Summary:
@@ -145,7 +147,7 @@ def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
     if config.further_sft:
         models["further SFT"] = at["further_sft"]
         more = {"model_name_or_path": at["sft"], **sft, "output_dir": at["further_sft"]}
-        stages.append(Stage("further_sft", "sft", more))
+        stages.append(Stage("further_sft", "sft", more, config="control/sft"))
     evaluation = {"questions": f"{at['data']}/{config.split}.jsonl", "output": at["evaluation"]}
     gallery = {"questions": str(folder / "gallery.jsonl"), "output": at["gallery"], "prompts": "[final_answer]"}
     report = {"evaluation": at["evaluation"], "training": at["mpo"], "verdicts": at["verdicts"], "pairs": pairs}
@@ -161,8 +163,8 @@ def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
 
 def _arguments(stage: Stage, config: QuickstartConfig) -> list[str]:
     """What would follow the verb on the command line."""
-    files = [_configs(config) / f"{name}.yaml" for name in (stage.name, stage.verb)]
-    argv = ["--config", str(next((file for file in files if file.is_file()), files[1]))] if stage.verb else []
+    file = _configs(config) / f"{stage.config or stage.verb.replace('-', '_')}.yaml"
+    argv = ["--config", str(file)] if stage.verb else []
     return argv + [word for key, value in stage.settings.items() for word in (f"--{key}", value)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, Trainer
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data_builders.records import InputError, Row
 from data_builders.shards import claim_folder
@@ -69,9 +69,23 @@ def train_and_save(trainer: Trainer) -> Row:
     if not trainer.args.disable_tqdm:
         trainer.add_callback(LossBar)
     output_dir = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_checkpoint(output_dir))
+    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(output_dir)
+    if not _take_finished(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
     _save_whole(trainer, output_dir)
     return {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+
+
+def _take_finished(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether the checkpoint is a run's last, then loaded: transformers would take one step too many from it."""
+    if checkpoint is None or trainer.is_deepspeed_enabled:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = state
+    return True
 
 
 def _save_whole(trainer: Trainer, output_dir: Path) -> None:

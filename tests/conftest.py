@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 import pytest
 import yaml
 
-from data_builders.shards import read_rows
+from data_builders.shards import read_rows, write_text
 from mpo import digits
 from mpo.cli import run_verb
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SIZES = {"sft_rows": 64, "questions": 24, "open_questions": 3, "test_questions": 12}
 SMALL = {  # answers of one token, which a model can get right by luck after seconds
     "sft": {"max_steps": 100, "save_steps": 20, "learning_rate": 2e-3, "disable_tqdm": True},
-    "further_sft": {"max_steps": 1, "save_steps": 1, "disable_tqdm": True},
+    "control/sft": {"max_steps": 1, "save_steps": 1, "disable_tqdm": True},
     "train": {"max_steps": 3, "save_steps": 1, "logging_steps": 1, "disable_tqdm": True},
     "sample": {"prompt": "direct", "max_new_tokens": 6, "num_responses": 8, "shard_size": 4},
     "dropout_ntp": {"ratio": 0.0, "max_new_tokens": 4},
@@ -44,9 +44,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped settings, cut down to seconds."""
     folder = tmp_path_factory.mktemp("configs")
-    for path in (ROOT / "configs" / "quickstart").glob("*.yaml"):
-        settings = {**yaml.safe_load(path.read_text()), **SMALL.get(path.stem, {})}
-        (folder / path.name).write_text(yaml.safe_dump(settings))
+    shipped = ROOT / "configs" / "quickstart"
+    for path in shipped.rglob("*.yaml"):
+        name = path.relative_to(shipped).with_suffix("")
+        settings = {**yaml.safe_load(path.read_text()), **SMALL.get(str(name), {})}
+        write_text(folder / f"{name}.yaml", yaml.safe_dump(settings))
     return folder
 
 

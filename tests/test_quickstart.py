@@ -96,7 +96,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
     found = mean_interval([5.7, 5.3, 1.7, 4.0, 4.3])
     assert found["mean"] == pytest.approx(4.2)
     assert found["high"] - found["mean"] == pytest.approx(
-        2.776445 * 1.556438 / 5**0.5, abs=1e-4
+        2.776445 * 1.562050 / 5**0.5, abs=1e-4
     )  # t(0.975, 4), deviation
 
 
@@ -112,9 +112,9 @@ def test_no_scan_is_in_two_parts_and_held_out_scans_never_change() -> None:
 @pytest.mark.parametrize(
     ("kind", "question", "rationale", "answer"),
     [
-        ("largest", "What is the largest digit?", "bottom-right is 1, largest 8. Final answer: 8", "8"),
-        ("count", "How many digits are larger than 4?", "bottom-right is 1, count 2. Final answer: 2", "2"),
-        ("sum", "What is the sum of the digits?", "bottom-right is 1, 16 + 1 = 17. Final answer: 17", "17"),
+        ("largest", "What is the largest digit?", "fourth is 1, largest 8. Final answer: 8", "8"),
+        ("count", "How many digits are larger than 4?", "fourth is 1, count 2. Final answer: 2", "2"),
+        ("sum", "What is the sum of the digits?", "fourth is 1, sum 17. Final answer: 17", "17"),
     ],
 )
 def test_rationales_carry_the_running_result(kind: str, question: str, rationale: str, answer: str) -> None:

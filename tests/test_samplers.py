@@ -381,7 +381,10 @@ def test_settings_that_nothing_can_be_drawn_with_are_refused(name: str, value: f
         ),
     ],
 )
-def test_a_model_that_is_not_there_is_refused_with_advice(load: Callable[..., Any], name: str, message: str) -> None:
+def test_a_model_that_is_not_there_is_refused_with_advice(
+    load: Callable[..., Any], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"(?s){message}"):
         load(name)
 
