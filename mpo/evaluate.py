@@ -17,7 +17,7 @@ from data_builders.judge import judge_rows
 from data_builders.prompts import prompt_style
 from data_builders.records import InputError, Question, Row, Summary
 from data_builders.sample import sample_responses
-from data_builders.samplers import HFSampler, SamplingSettings
+from data_builders.samplers import HFSampler, SamplingSettings, load_processor
 from data_builders.shards import claim_folder, read_rows, read_stage, write_rows, write_text
 
 ALL = "all"
@@ -62,6 +62,8 @@ def run(config: EvalConfig) -> Summary:
     rows = list(read_stage(questions, Question))
     _check_answers(rows)
     check_images(rows, Path(config.image_root))
+    for model in models.values():
+        load_processor(model)  # before any work, so that a broken model is found first
     versions = [f"{style.name}@{style.version}" for style in map(prompt_style, config.prompts)]
     settings = {"models": models, "prompts": versions, "max_new_tokens": config.max_new_tokens}
     claim_folder(output, {**settings, "shard_size": config.shard_size}, [questions, *map(Path, models.values())])

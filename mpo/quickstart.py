@@ -51,7 +51,7 @@ class QuickstartConfig:
     )
     sft_rows: int = field(default=6000, metadata={"help": "Conversations with rationales, over 60 scans."})
     questions: int = field(default=4800, metadata={"help": "Questions with answers, over 1,000 other scans."})
-    open_questions: int = field(default=100, metadata={"help": "Questions without answers, for DropoutNTP."})
+    open_questions: int = field(default=40, metadata={"help": "Questions without answers, for DropoutNTP."})
     test_questions: int = field(default=2000, metadata={"help": "Questions to evaluate on."})
     configs: str = field(
         default="", metadata={"help": "Folder with a YAML file per verb; empty: those that come along."}
