@@ -28,6 +28,7 @@ from data_builders.shards import read_rows, read_stage, write_rows, write_text
 
 RunVerb = Callable[[str, Sequence[str]], Summary]
 NUM_GALLERY = 12
+LOG = "log.txt"
 VISION_STEPS = 300  # of the vision tower's own training, before SFT
 _FOLDERS = ("data", "base", "sft", "responses", "verdicts", "pairs", "dropout_ntp", "mpo", "further_sft")
 _FOLDERS += ("evaluation", "gallery")
@@ -97,8 +98,8 @@ def run(config: QuickstartConfig, *, run_verb: RunVerb) -> Summary:
 
 def _run_once(config: QuickstartConfig, run_verb: RunVerb) -> Summary:
     folder = Path(config.output)
-    record = folder / "progress.json"
-    done: Row = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    record = _claim(folder)
+    done: Row = json.loads(record.read_text(encoding="utf-8"))
     for stage in _stages(config, folder):
         argv = _arguments(stage, config)
         key = _stage_key(argv, config)
@@ -119,14 +120,27 @@ def _run_once(config: QuickstartConfig, run_verb: RunVerb) -> Summary:
     return _summary(config, folder, done)
 
 
+def _claim(folder: Path) -> Path:
+    """The run's record of what is done; a folder without one must be empty, since stages clear folders in it."""
+    record = folder / "progress.json"
+    if not record.exists():
+        foreign = [path.name for path in folder.glob("*") if path.name != LOG]
+        if foreign:
+            raise InputError(
+                f"{folder} holds {foreign[0]} and is no quickstart's: give a folder that is new or empty."
+            )
+        write_text(record, "{}\n")
+    return record
+
+
 def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
     """The method, step by step: which verb reads what and writes where."""
     at = {path.name: str(path) for path in (folder / name for name in _FOLDERS)}
     common = {"image_root": at["data"], "seed": str(config.seed)}
     sizes = {name: str(getattr(config, name)) for name in ("seed", *_SIZES)}
     sft = {"data": f"{at['data']}/sft.jsonl", **common}
-    pairs = f"[{at['pairs']}, {at['dropout_ntp']}]"
-    models = {"SFT": at["sft"], "MPO": at["mpo"]}
+    pairs = json.dumps([at["pairs"], at["dropout_ntp"]])
+    models = {"SFT": at["sft"]}
     stages = [
         Stage("task", settings=sizes, prepare=lambda: write_task(folder, config)),
         Stage("sft", "sft", {"model_name_or_path": at["base"], **sft, "output_dir": at["sft"]}),
@@ -148,11 +162,12 @@ def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
         models["further SFT"] = at["further_sft"]
         more = {"model_name_or_path": at["sft"], **sft, "output_dir": at["further_sft"]}
         stages.append(Stage("further_sft", "sft", more, config="control/sft"))
+    models["MPO"] = at["mpo"]
     evaluation = {"questions": f"{at['data']}/{config.split}.jsonl", "output": at["evaluation"]}
     gallery = {"questions": str(folder / "gallery.jsonl"), "output": at["gallery"], "prompts": "[final_answer]"}
     report = {"evaluation": at["evaluation"], "training": at["mpo"], "verdicts": at["verdicts"], "pairs": pairs}
     report |= {"gallery_answers": at["gallery"], "output": str(folder / "report.html"), "image_root": at["data"]}
-    named = {"models": f"[{', '.join(f'{name}={path}' for name, path in models.items())}]", **common}
+    named = {"models": json.dumps([f"{name}={path}" for name, path in models.items()]), **common}
     return [
         *stages,
         Stage("eval", "eval", {**named, **evaluation}),
@@ -275,7 +290,7 @@ def _run_seed(config: QuickstartConfig, folder: Path, seed: int, jobs: int) -> N
     ]
     command = [sys.executable, "-m", "mpo", "quickstart", *settings]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    log = folder / "log.txt"
+    log = folder / LOG
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}

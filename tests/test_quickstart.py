@@ -55,6 +55,14 @@ def test_other_settings_for_the_same_folder_are_refused(finished: Path, configs:
         run_verb("quickstart", [*arguments(finished, configs), "--seed", "1"])
 
 
+def test_a_folder_of_the_users_own_is_left_alone(configs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds data and is no quickstart's"):
+        run_verb("quickstart", arguments(tmp_path, configs))
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
+
+
 def test_a_split_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="test or development"):
         run_verb("quickstart", ["--output", str(tmp_path), "--split", "train"])
