@@ -5,16 +5,74 @@ The loop itself is transformers'.
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
+from trl import ModelConfig, get_quantization_config
 
 from data_builders.records import InputError, Row
+from data_builders.samplers import load_model, load_processor
 from data_builders.shards import claim_folder
+from mpo.models import PARTS, train_parts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SHOWN = {"loss": "loss", "rewards/margins": "margin", "mean_token_accuracy": "accuracy"}
+
+
+@dataclass
+class StageConfig:
+    """What a training verb needs besides model and trainer settings."""
+
+    data: list[str] = field(metadata={"help": "Files or folders of rows, read one after the other."})
+    image_root: str = field(default=".", metadata={"help": "Folder that image paths are relative to."})
+    train: list[str] = field(
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "Parts that are trained: vision, projector, llm. LoRA chooses its own."},
+    )
+
+
+def prepare(
+    config: StageConfig, model_config: ModelConfig, args: Any, read: Callable[[list[str], str], "Dataset"]
+) -> tuple[PreTrainedModel, ProcessorMixin, "Dataset"]:
+    """Loads and checks what a trainer is made of, in an order that finds cheap faults first.
+
+    Args:
+        config: Data and parts.
+        model_config: TRL's settings of model and LoRA.
+        args: A `TrainingArguments`; its output folder is bound to these settings.
+        read: Sources and image root to a dataset.
+
+    Returns:
+        The model with its parts frozen or not, its processor, and the data.
+
+    Raises:
+        InputError: Model, data or images are not what they should be, or the output folder holds another run.
+    """
+    if not args.output_dir or args.output_dir == "trainer_output":  # transformers' silent default
+        raise InputError("`output_dir` is missing: name the folder for checkpoints and the trained model.")
+    name = model_config.model_name_or_path
+    if name is None:
+        raise InputError("`model_name_or_path` is missing: the model to start from.")
+    processor = load_processor(name, trust_remote_code=args.trust_remote_code)
+    dataset = read(config.data, config.image_root)
+    model = load_model(
+        name,
+        trust_remote_code=args.trust_remote_code,
+        dtype=model_config.dtype or "float32",
+        attn_implementation=model_config.attn_implementation,
+        revision=model_config.model_revision,
+        quantization_config=get_quantization_config(model_config),
+    )
+    if not model_config.use_peft:
+        train_parts(model, config.train)
+    claim_output(args, {**asdict(config), **asdict(model_config)}, [Path(source) for source in config.data])
+    return model, processor, dataset
 
 
 class LossBar(ProgressCallback):
@@ -102,13 +160,3 @@ def _save_whole(trainer: Trainer, output_dir: Path) -> None:
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
         path.replace(output_dir / path.name)
     staging.rmdir()
-
-
-def require_output_dir(trainer_args: Any) -> None:
-    """Refuses transformers' silent default, `trainer_output` in the working directory.
-
-    Raises:
-        InputError: `output_dir` was not given.
-    """
-    if not trainer_args.output_dir or trainer_args.output_dir == "trainer_output":
-        raise InputError("`output_dir` is missing: name the folder for checkpoints and the trained model.")

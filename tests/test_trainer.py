@@ -15,10 +15,9 @@ from data_builders.samplers import load_model
 from data_builders.shards import read_rows, write_rows
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import preference_dataset
-from mpo.train import TrainConfig
 from mpo.train import run as train
 from mpo.trainer import sequence_logps
-from mpo.training import last_checkpoint
+from mpo.training import StageConfig, last_checkpoint
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 3,
@@ -235,7 +234,7 @@ def test_the_verb_trains_saves_whole_and_goes_on(task: Path, pairs: Path, tmp_pa
     from trl import ModelConfig
 
     output = tmp_path / "out"
-    config = TrainConfig(data=[str(pairs)], image_root=str(task), train=["vision", "projector"])
+    config = StageConfig(data=[str(pairs)], image_root=str(task), train=["vision", "projector"])
     model = ModelConfig(model_name_or_path=str(task / "model"))
     saving = {**SETTINGS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     train(config, model, MPOConfig(str(output), **saving))
