@@ -267,7 +267,9 @@ def test_a_prefix_is_what_the_model_goes_on_from(sampler: HFSampler, calls: list
     asked = sampler.tokenizer.decode(calls[0]["input_ids"][0])
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n" + prefix)
     new = calls[0]["output"][:, calls[0]["input_ids"].shape[1] :]
-    assert [completion.text for completion in group] == [prefix + sampler.tokenizer.decode(row) for row in new]
+    assert [completion.text for completion in group] == [
+        prefix + sampler.tokenizer.decode(row, skip_special_tokens=True) for row in new
+    ]
 
 
 def test_requests_with_and_without_prefix_share_a_batch(sampler: HFSampler, calls: list[dict[str, Any]]) -> None:
