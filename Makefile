@@ -11,7 +11,7 @@ TORCH = $(shell sed -n '/^torch==/p' constraints.txt)
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-quickstart: $(VENV)/.installed ## Run every step on a tiny model, on a CPU.
+quickstart: $(VENV)/.installed ## Run the whole method on handwritten digits, on a CPU.
 	$(BIN)/mpo quickstart
 
 test: $(VENV)/.installed ## Run the tests.

@@ -36,7 +36,7 @@ class Verb:
 
 
 VERBS = {
-    "quickstart": Verb("mpo.quickstart", "Every step on a tiny model and drawn images, on a CPU.", runs_others=True),
+    "quickstart": Verb("mpo.quickstart", "The whole method on real handwritten digits, on a CPU.", runs_others=True),
     "sft": Verb("mpo.sft", "Fine-tune a vision-language model on conversations."),
     "sample": Verb("data_builders.sample", "Let a model answer every question several times."),
     "judge": Verb("data_builders.judge", "Compare the final answer of every response with the true one."),
