@@ -151,6 +151,7 @@ def test_rows_of_shards_that_exist_are_not_even_read(tmp_path: Path) -> None:
         raise AssertionError("read again")
 
     run_step(answer, [Chunk("a.jsonl", rows, 1)], tmp_path, title="answering")
+    assert list(read_rows(tmp_path / "a.jsonl")) == []
 
 
 @pytest.mark.parametrize("stopping", [KeyboardInterrupt, RuntimeError])

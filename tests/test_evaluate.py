@@ -186,7 +186,7 @@ def test_a_finished_evaluation_loads_no_model(config: EvalConfig, monkeypatch: p
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(evaluate, "HFSampler", load)
-    run(replace(config, seed=1))
+    assert run(replace(config, seed=1)).rows
 
 
 @pytest.mark.parametrize(
