@@ -6,16 +6,15 @@ Source: section 3.2 of https://arxiv.org/abs/2411.10442.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_builders.engine import chunks_of_rows, drop_note, run_step
+from data_builders.engine import chunks_of_rows, count_by_source, drop_note, run_step
 from data_builders.images import check_images
 from data_builders.records import InputError, Response, Row, Summary
 from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
-from data_builders.shards import claim_folder, read_rows, shard_paths
+from data_builders.shards import claim_folder
 
 _WORD = re.compile(
     r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s])"
@@ -170,13 +169,11 @@ def _pair(row: Row, rejected: Completion, prefix: str, settings: SamplingSetting
 
 
 def _summary(config: DropoutNTPConfig) -> Summary:
-    counts: Counter[str] = Counter()
-    for path in shard_paths(Path(config.output)):
-        counts.update(row.get("source", "") for row in read_rows(path))
+    counts = count_by_source(Path(config.output), "kind")
     return Summary(
         "DropoutNTP pairs",
         ["source", "pairs"],
-        [[source or "(no source)", f"{count:,}"] for source, count in sorted(counts.items())],
+        [[source, f"{total.total():,}"] for source, total in counts],
         notes=drop_note(Path(config.output)),
         next_command=f"mpo train --data {config.output} --model_name_or_path {config.model} --output_dir mpo-model",
     )

@@ -3,7 +3,7 @@
 A killed run leaves whole shards only, so the same command goes on after the last one and ends with the same files.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,15 @@ def run_step(
                     write_rows(output / DROPPED / chunk.name, dropped)
                 write_rows(path, rows)
             bar.update(chunk.size)
+
+
+def count_by_source(output: Path, field: str) -> list[tuple[str, Counter[str]]]:
+    """How often each value of a field occurs in the rows of a step, by source of question and in its order."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for path in shard_paths(output):
+        for row in read_rows(path):
+            counts[row.get("source", "")][row[field]] += 1
+    return [(source or "(no source)", counts[source]) for source in sorted(counts)]
 
 
 def drop_reasons(output: Path) -> Counter[str]:

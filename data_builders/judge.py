@@ -1,13 +1,12 @@
 """`mpo judge`: compares the final answer of every response with the true one."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_builders.engine import chunks_of_shards, drop_note, run_step
+from data_builders.engine import chunks_of_shards, count_by_source, drop_note, run_step
 from data_builders.records import Response, Row, Summary
-from data_builders.shards import claim_folder, read_rows, shard_paths
+from data_builders.shards import claim_folder
 from data_builders.verify import judge_response
 
 VERDICTS = ("correct", "wrong", "no_answer")
@@ -57,13 +56,9 @@ def _verdict(row: Row, kind: str, style: str) -> Row:
 
 
 def _summary(config: JudgeConfig) -> Summary:
-    counts: dict[str, Counter[str]] = {}
-    for path in shard_paths(Path(config.output)):
-        for row in read_rows(path):
-            counts.setdefault(row.get("source", ""), Counter())[row["verdict"]] += 1
     rows = [
-        [source or "(no source)", *(f"{total[v]:,}" for v in VERDICTS), f"{total['correct'] / total.total():.1%}"]
-        for source, total in sorted(counts.items())
+        [source, *(f"{total[v]:,}" for v in VERDICTS), f"{total['correct'] / total.total():.1%}"]
+        for source, total in count_by_source(Path(config.output), "verdict")
     ]
     return Summary(
         "Verdicts",

@@ -6,13 +6,13 @@ Source: section 3.1 of https://arxiv.org/abs/2411.10442.
 import hashlib
 import json
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from data_builders.engine import chunks_of_shards, drop_note, run_step
+from data_builders.engine import chunks_of_shards, count_by_source, drop_note, run_step
 from data_builders.records import InputError, Row, Summary, Verdict
 from data_builders.shards import claim_folder, read_rows, shard_paths
 
@@ -145,13 +145,9 @@ def _check_shards(source: Path) -> None:
 
 
 def _summary(config: PairConfig) -> Summary:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for path in shard_paths(Path(config.output)):
-        for row in read_rows(path):
-            counts[row.get("source", "")][row["kind"]] += 1
     rows = [
-        [source or "(no source)", f"{total.total():,}", f"{total['correctness']:,}", f"{total['format']:,}"]
-        for source, total in sorted(counts.items())
+        [source, f"{total.total():,}", f"{total['correctness']:,}", f"{total['format']:,}"]
+        for source, total in count_by_source(Path(config.output), "kind")
     ]
     return Summary(
         "Pairs",

@@ -3,17 +3,16 @@
 Questions in, one row per response out; a failed or truncated response is a row too.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_builders.engine import chunks_of_rows, run_step
+from data_builders.engine import chunks_of_rows, count_by_source, run_step
 from data_builders.images import check_images
 from data_builders.prompts import PromptStyle, prompt_style
 from data_builders.records import InputError, Question, Row, Summary
 from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
-from data_builders.shards import claim_folder, read_stage
+from data_builders.shards import claim_folder
 
 
 @dataclass
@@ -109,13 +108,10 @@ def _outcome(completion: Completion) -> Row:
 
 
 def _summary(config: SampleConfig) -> Summary:
-    counts: dict[str, Counter[str]] = {}
-    for row in read_stage(Path(config.output)):
-        counts.setdefault(row.get("source", ""), Counter())[row["finish_reason"]] += 1
     reasons = ("stop", "length", "error")
     rows = [
-        [source or "(no source)", f"{total.total():,}", *(f"{total[reason]:,}" for reason in reasons)]
-        for source, total in sorted(counts.items())
+        [source, f"{total.total():,}", *(f"{total[reason]:,}" for reason in reasons)]
+        for source, total in count_by_source(Path(config.output), "finish_reason")
     ]
     return Summary(
         "Responses",

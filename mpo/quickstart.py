@@ -102,7 +102,7 @@ def _run_once(config: QuickstartConfig, run_verb: RunVerb) -> Summary:
     done: Row = json.loads(record.read_text(encoding="utf-8"))
     for stage in _stages(config, folder):
         argv = _arguments(stage, config)
-        key = _stage_key(argv, config)
+        key = _stage_key(argv)
         if stage.name in done and done[stage.name]["key"] != key:
             raise InputError(
                 f"stage {stage.name!r} in {folder} was run with other settings: give another `--output`, or delete "
@@ -192,7 +192,7 @@ def _configs(config: QuickstartConfig) -> Path:
     return Path(os.path.relpath(beside)) if beside.is_dir() else package / "configs" / "quickstart"
 
 
-def _stage_key(argv: list[str], config: QuickstartConfig) -> str:
+def _stage_key(argv: list[str]) -> str:
     """Changes with anything that changes what a stage does."""
     texts = [
         Path(word).read_text(encoding="utf-8") for word in argv if word.endswith(".yaml") and Path(word).is_file()
