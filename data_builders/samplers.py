@@ -153,7 +153,7 @@ def _check_found(model: str | Path, error: Exception) -> None:
 
 def _check_folder(model: str | Path) -> None:
     path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError(
             f"{model} is not a model folder (it has no config.json): the step that writes it has not run."
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpo.config import MPOConfig as MPOConfig
+    from mpo.fused import LigerFusedLinearMPOLoss as LigerFusedLinearMPOLoss
     from mpo.losses import MPOLoss as MPOLoss
     from mpo.losses import generation_loss as generation_loss
     from mpo.losses import mpo_loss as mpo_loss
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LigerFusedLinearMPOLoss": "fused",
     "MPOConfig": "config",
     "MPOLoss": "losses",
     "MPOTrainer": "trainer",

@@ -6,6 +6,7 @@ it is run, so that `mpo --help` does not wait for TRL. Only this file prints, an
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -42,6 +43,7 @@ VERBS = {
     "judge": Verb("data_builders.judge", "Compare the final answer of every response with the true one."),
     "pair": Verb("data_builders.pair", "Pair right responses with wrong ones of the same question."),
     "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
+    "reference": Verb("mpo.reference", "Compute the reference's log-probabilities ahead of training."),
     "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
     "eval": Verb("mpo.evaluate", "Measure a model's accuracy on questions with answers."),
     "report": Verb("mpo.report", "Write a page about a run: data, training and evaluation."),
@@ -92,12 +94,20 @@ def _command(context: typer.Context) -> None:
             _print_help(name)
         else:
             _print_summary(run_verb(name, context.args))
+            _leave_ranks()
     except InputError as error:
         _console(stderr=True).print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _console(stderr=True).print("stopped: the same command goes on where this one stopped.", soft_wrap=True)
         raise typer.Exit(130) from error
+
+
+def _leave_ranks() -> None:
+    """Ends what several ranks talk through: a process that just exits may be killed in the middle of it."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 for _name, _verb in VERBS.items():

@@ -56,6 +56,28 @@ class MPOConfig(DPOConfig):
         },
     )
 
+    overlong: Literal["error", "drop"] = field(
+        default="error",
+        metadata={
+            "help": "A row that would lose image tokens or a whole response to `max_length`: 'error' stops before "
+            "training, 'drop' leaves it out, counted and listed."
+        },
+    )
+    ref_logps_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `precompute_ref_log_probs` keeps reference log-probabilities in, to be used again "
+            "by other runs and machines. None: beside the data sets that `datasets` caches."
+        },
+    )
+
+    use_liger: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace layers of the model by Liger's Triton kernels, where Liger knows its family (GPU)."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Refuses what MPO's loss cannot honour; no option is silently ignored."""
         if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
@@ -77,6 +99,8 @@ class MPOConfig(DPOConfig):
         self._refuse("f_divergence_type", "reverse_kl", "the quality term has no counterpart for other divergences")
         self._refuse("use_weighting", False, "WPO's weights are defined for one loss per pair, not for MPO's mix")
         self._refuse("padding_free", False, "TRL 1.16 ignores it")
+        if self.use_liger and self.use_cpu:
+            raise ValueError("`use_liger` needs a GPU, and `use_cpu` is set: Triton kernels do not run on a CPU.")
         super().__post_init__()
 
     def _refuse(self, name: str, default: object, reason: str) -> None:

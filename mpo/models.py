@@ -6,11 +6,16 @@ Loading goes through the Auto classes (`data_builders.samplers`), which know eve
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from trl import DPOConfig
+from trl.trainer.utils import get_config_model_id
 
 from data_builders.records import InputError
+from data_builders.samplers import load_model
 
 PARTS = ("vision", "projector", "llm")
 
@@ -62,6 +67,40 @@ def train_parts(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
     if not wanted:
         raise InputError(f"`train` is empty: name at least one of {', '.join(PARTS)}.")
     return dict(trained)
+
+
+def load_for_training(name: str, **settings: Any) -> nn.Module:
+    """A model, or a model with the adapter that a folder holds, which training goes on with.
+
+    Args:
+        name: A Hub id or folder of a model, or a folder of a PEFT adapter.
+        **settings: Of `data_builders.samplers.load_model`.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    if not (Path(name) / "adapter_config.json").is_file():
+        return load_model(name, **settings)
+    from peft import PeftConfig, PeftModel
+
+    base = load_model(PeftConfig.from_pretrained(name).base_model_name_or_path, **settings)
+    return PeftModel.from_pretrained(base, name, is_trainable=True)
+
+
+def name_of(model: Any) -> str:
+    """The Hub id or folder that a model is given by, or was loaded from."""
+    return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
+def processor_of(model: Any, args: DPOConfig) -> ProcessorMixin:
+    """The processor that lies beside a model, loaded as TRL does."""
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    return AutoProcessor.from_pretrained(name_of(model), revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model itself, below an adapter if it has one."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 class LoadsItsCheckpoints:

@@ -3,12 +3,12 @@
 Settings are those of this file, of `trl.ModelConfig` (model, LoRA) and of `trl.SFTConfig`, flat in one YAML file.
 """
 
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data_builders.records import Summary
 from mpo.data import sft_dataset
 from mpo.models import LoadsItsCheckpoints
-from mpo.training import StageConfig, prepare, train_and_save
+from mpo.training import StageConfig, claim_output, prepare, train_and_save
 
 CONFIGS = (StageConfig, ModelConfig, SFTConfig)
 
@@ -23,17 +23,12 @@ def run(config: StageConfig, model_config: ModelConfig, args: SFTConfig) -> Summ
     Raises:
         InputError: Model, data or images are not what they should be, or the output folder holds another run.
     """
-    model, processor, dataset = prepare(config, model_config, args, sft_dataset)
-    trainer = _Trainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=get_peft_config(model_config),
-    )
+    parts = prepare(config, model_config, args, sft_dataset)
+    claim_output(config, model_config, args)
+    trainer = _Trainer(args=args, **parts)
     metrics = train_and_save(trainer)
     rows = [
-        ["rows", f"{len(dataset):,}"],
+        ["rows", f"{len(parts['train_dataset']):,}"],
         ["optimizer steps", f"{metrics.get('step', 0):,}"],
         ["loss", f"{float(metrics.get('loss', float('nan'))):.4f}"],
     ]

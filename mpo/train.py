@@ -3,13 +3,13 @@
 Settings are those of this file, of `trl.ModelConfig` (model, LoRA) and of `mpo.MPOConfig`, flat in one YAML file.
 """
 
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from data_builders.records import Summary
 from mpo.config import MPOConfig
 from mpo.data import preference_dataset
 from mpo.trainer import MPOTrainer
-from mpo.training import StageConfig, prepare, train_and_save
+from mpo.training import StageConfig, claim_output, prepare, train_and_save
 
 CONFIGS = (StageConfig, ModelConfig, MPOConfig)
 
@@ -20,15 +20,10 @@ def run(config: StageConfig, model_config: ModelConfig, args: MPOConfig) -> Summ
     Raises:
         InputError: Model, data or images are not what they should be, or the output folder holds another run.
     """
-    model, processor, dataset = prepare(config, model_config, args, preference_dataset)
-    trainer = MPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=get_peft_config(model_config),
-    )
-    return _summary(args, len(dataset), train_and_save(trainer))
+    parts = prepare(config, model_config, args, preference_dataset)
+    claim_output(config, model_config, args)
+    trainer = MPOTrainer(args=args, **parts)
+    return _summary(args, len(trainer.train_dataset), train_and_save(trainer))
 
 
 def _summary(args: MPOConfig, num_pairs: int, metrics: dict[str, float]) -> Summary:

@@ -1,52 +1,53 @@
 """MPOTrainer: `trl.DPOTrainer` with the loss of the Mixed Preference Optimization paper.
 
 What it changes in TRL's trainer: the loss (`mpo.losses`, with the reward shift that TRL dropped in 0.29), the reward
-shift's upkeep at the end of every optimizer step, and its place in checkpoints. Data, collators, reference model,
-PEFT, DeepSpeed, metrics and logging are TRL's.
+shift's upkeep at the end of every optimizer step and its place in checkpoints, data that are checked before training,
+and diagnoses in words. Reference log-probabilities come from `mpo.reference_cache`; PEFT, DeepSpeed, metrics and
+logging are TRL's.
 """
 
-import contextlib
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, use_adapter
 
-from data_builders.shards import write_text
+from data_builders.shards import write_rows, write_text
+from mpo.collators import PreferenceCollator, has_pictures, picture_collator
 from mpo.config import MPOConfig
+from mpo.diagnoses import ZeroRewards, check_finite, check_gradients, check_responses, check_saved, check_terms
+from mpo.lengths import Lengths, measure_rows, measure_tokenized
+from mpo.liger import apply_liger_kernels
 from mpo.losses import MPOLoss, generation_loss, mpo_loss
-from mpo.models import LoadsItsCheckpoints
+from mpo.models import LoadsItsCheckpoints, base_of, name_of, processor_of
+from mpo.overlong import fit_to_length
+from mpo.reference_cache import CachesItsReference
 from mpo.reward_shift import RewardShift
+from mpo.scores import (
+    NUM_PAIRS,
+    REF_COLUMNS,
+    Scores,
+    labels_of,
+    model_inputs,
+    num_counted,
+    num_pairs,
+    sequence_logps,
+    size_of,
+)
 
 REWARD_SHIFT_FILE = "reward_shift.json"
-_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+
+logger = logging.getLogger(__name__)
 
 
-class Scores(NamedTuple):
-    """What the loss and the metrics need of one micro-batch of B pairs; T tokens, chosen responses first.
-
-    Attributes:
-        logps: Summed log-probabilities of the policy in float32, (2B,).
-        ref_logps: The same of the reference, (2B,).
-        token_logps: Log-probability of every next token, 0 outside responses, (2B, T - 1).
-        mask: 1 where the next token is part of a response, (2B, T - 1).
-        outputs: Everything else the fused head returned.
-    """
-
-    logps: Tensor
-    ref_logps: Tensor
-    token_logps: Tensor
-    mask: Tensor
-    outputs: Any
-
-
-class MPOTrainer(LoadsItsCheckpoints, DPOTrainer):
+class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
     """Trains with Mixed Preference Optimization; takes exactly what `trl.DPOTrainer` takes.
 
     Besides TRL's metrics it logs `loss/preference`, `loss/quality`, `loss/generation` and `reward_shift`.
@@ -68,61 +69,216 @@ class MPOTrainer(LoadsItsCheckpoints, DPOTrainer):
         ),
     }
 
-    def __init__(self, model: Any, ref_model: Any = None, args: MPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: MPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Builds the trainer; see `trl.DPOTrainer` for the arguments.
 
         Raises:
             TypeError: `args` is not an `MPOConfig`.
+            InputError: A row of the data does not fit into `max_length`.
         """
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = MPOConfig(f"{name.split('/')[-1]}-MPO")
+        args = args or MPOConfig(f"{name_of(model).split('/')[-1]}-MPO")
         if not isinstance(args, MPOConfig):
             raise TypeError(
                 f"`args` must be an `MPOConfig`, got {type(args).__name__}: it has all fields of `DPOConfig`."
             )
+        self.notes: list[str] = []  # what a user should know of how data and model were prepared, one line each
         self.reward_shift = RewardShift(args.reward_shift_decay)
         self._step_rewards: list[Tensor] = []
+        self._step_batches: list[Any] = []
         self._step_size: Tensor | None = None
-        super().__init__(model, ref_model, args, **kwargs)
+        self._zero_rewards, self._learned = ZeroRewards(), 0.0
+        self._hides_pictures = args.precompute_ref_log_probs
+        self._liger_is_in = not args.use_liger
+        if has_pictures(train_dataset):
+            processing_class = processing_class or processor_of(model, args)
+            data_collator = data_collator or picture_collator(processing_class, args, train_dataset)
+            train_dataset = self._fit_pictures(train_dataset, processing_class, args, "train")
+            eval_dataset = _each(
+                eval_dataset, lambda dataset: self._fit_pictures(dataset, processing_class, args, "eval")
+            )
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+        )
+        self._hides_pictures = False
+        self._put_liger_in()
+        if self.precompute_ref_logps:
+            self.ref_model = None
+        if isinstance(self.data_collator, PreferenceCollator):
+            self.data_collator.image_token_id = getattr(base_of(self.model).config, "image_token_id", None)
         self.add_callback(_StepEnd(self))
+
+    @property
+    def _is_vision_dataset(self) -> bool:
+        """TRL's flag. Hidden while TRL builds itself to precompute, which it refuses for pictures."""
+        return self._has_pictures and not self._hides_pictures
+
+    @_is_vision_dataset.setter
+    def _is_vision_dataset(self, value: bool) -> None:
+        self._has_pictures = value
+
+    def _note(self, line: str) -> None:
+        self.notes.append(line)
+        logger.warning(line)
+
+    def _put_liger_in(self) -> None:
+        """Liger's kernels into policy and reference alike, before either is asked anything."""
+        if not self._liger_is_in:
+            self._liger_is_in = True
+            self._note(apply_liger_kernels(base_of(self.model)))
+            if self.ref_model is not None:
+                apply_liger_kernels(base_of(self.accelerator.unwrap_model(self.ref_model)))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: MPOConfig, dataset_name: str) -> Any:
+        """TRL's seam for text: tokenizes; what `max_length` leaves nothing of is an error, not dropped unseen."""
+        if self._has_pictures:
+            return dataset
+        max_length, args.max_length = args.max_length, None
+        try:
+            tokenized = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        finally:
+            args.max_length = max_length
+        return self._fit(tokenized, args, dataset_name, measure_tokenized)
+
+    def _fit_pictures(self, dataset: Any, processor: Any, args: MPOConfig, name: str) -> Any:
+        if args.max_length is not None and args.truncation_mode == "keep_end":
+            raise ValueError(
+                "`truncation_mode='keep_end'` would cut pictures, which stand in front of the responses: leave it at "
+                "'keep_start', or set `max_length` to None."
+            )
+        quiet = bool(args.disable_tqdm or args.process_index)
+
+        def measure(rows: Dataset) -> Lengths:
+            """Every rank counts its part."""
+            rank, num_ranks = args.process_index, args.world_size
+            start, stop = len(rows) * rank // num_ranks, len(rows) * (rank + 1) // num_ranks
+            part = rows.select(range(start, stop)) if num_ranks > 1 else rows
+            lengths = measure_rows(part, processor, first_row=start, disable_progress=quiet)
+            return Lengths.join(gather_object([lengths]))
+
+        return self._fit(dataset, args, name, measure)
+
+    def _fit(self, dataset: Any, args: MPOConfig, name: str, measure: Callable[[Dataset], Lengths]) -> Any:
+        """The rows that `max_length` leaves whole enough to learn from; says what it does to the others."""
+        if args.max_length is None:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            if args.overlong == "drop":
+                raise ValueError(
+                    "`overlong: drop` needs a data set that can be counted before training, and this one is a stream: "
+                    "filter it yourself, or leave `overlong` at 'error', which looks at each batch."
+                )
+            return dataset
+        kept, report = fit_to_length(
+            dataset,
+            measure(dataset),
+            max_length=args.max_length,
+            overlong=args.overlong,
+            truncation_mode=args.truncation_mode,
+            name=name,
+        )
+        if report.dropped or report.num_cut:
+            self._note(str(report))
+        if report.dropped and args.process_index == 0:
+            path = Path(args.output_dir) / f"dropped_{name}.jsonl"
+            write_rows(path, report.dropped)
+            self._note(f"The dropped rows are listed in {path}.")
+        return kept
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *REF_COLUMNS]))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `trl.DPOTrainer.evaluate`; new data with pictures are checked and given their reference columns too."""
+        if self._is_vision_dataset and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = _each(eval_dataset, self._ready_to_evaluate)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _ready_to_evaluate(self, dataset: Any) -> Any:
+        dataset = self._fit_pictures(dataset, self.processing_class, self.args, "eval")
+        if not self.precompute_ref_logps:
+            return dataset
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return self._precompute_ref_logps(dataset, "eval", size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """TRL's seam for the loss: one forward of policy and reference over a micro-batch."""
         mode = "train" if self.model.training else "eval"
+        counted = num_counted(inputs) if mode == "train" else self._counted_of_last(inputs)
+        check_responses(inputs, counted, self._tokenizer, self.args.max_length)
         scores = self._score(model, inputs)
-        chosen_rewards, rejected_rewards = (self.beta * (scores.logps - scores.ref_logps)).chunk(2)
+        rewards = self.beta * (scores.logps - scores.ref_logps)
         pair_share, token_share = self._shares(inputs) if mode == "train" else (1.0, 1.0)
+        terms = self._terms(scores, rewards, counted, token_share / pair_share if pair_share else 1.0)
+        check_terms(terms, scores.logps, scores.ref_logps, inputs, self._tokenizer, step=self.state.global_step)
+        loss = terms.loss * pair_share
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
+        rewards = torch.stack([half[:counted] for half in rewards.detach().chunk(2)])  # (2, B)
+        if mode == "train":
+            self._step_rewards.append(rewards.flatten())
+        self._record(mode, inputs, scores, terms, rewards)
+        if return_outputs:
+            with torch.no_grad():
+                return loss, model(**model_inputs(inputs))
+        return loss
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> Scores:
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        mask = inputs["completion_mask"][:, 1:]
+        outputs = model(**model_inputs(inputs), **extra, labels=labels_of(inputs), fused_lm_head=True)
+        token_logps = outputs.log_probs[:, -mask.size(1) :]  # prompt-learning adapters put virtual tokens in front
+        if self.precompute_ref_logps:
+            ref_logps = torch.cat([inputs[name] for name in REF_COLUMNS])
+        else:
+            ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+        return Scores(sequence_logps(token_logps, mask, self.ld_alpha), ref_logps.float(), token_logps, mask, outputs)
+
+    def _terms(self, scores: Scores, rewards: Tensor, counted: int, token_weight: float) -> MPOLoss:
+        """The loss of the pairs that count; where none does, of all, to be weighed with 0."""
+        counted = counted or rewards.size(0) // 2
+        chosen_rewards, rejected_rewards = (half[:counted] for half in rewards.chunk(2))
         generation = None
         if self.args.term_weights[2]:
-            token_logps, mask = scores.token_logps.chunk(2)[0], scores.mask.chunk(2)[0]
+            token_logps, mask = scores.token_logps[:counted], scores.mask[:counted]
             generation = generation_loss(token_logps.float(), mask, reduction=self.args.sft_reduction)
             if self.args.sft_reduction == "token":
-                generation = generation * (token_share / pair_share)
-        terms = mpo_loss(
+                generation = generation * token_weight
+        return mpo_loss(
             chosen_rewards,
             rejected_rewards,
             generation,
             reward_shift=self.reward_shift.mean,
             weights=self.args.term_weights,
         )
-        loss = terms.loss * pair_share
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
-        if mode == "train":
-            self._step_rewards.append(torch.cat([chosen_rewards, rejected_rewards]).detach())
-        self._record(mode, inputs, scores, terms, chosen_rewards.detach(), rejected_rewards.detach())
-        if return_outputs:
-            with torch.no_grad():
-                return loss, model(**_model_inputs(inputs))
-        return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Transformers' seam for what has to be known of a whole optimizer step: its pairs and chosen tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        sizes = [_size(batch) for batch in batches] or [torch.zeros(2, dtype=torch.long)]
+        if batches:
+            batches[-1][NUM_PAIRS] = self._counted_of_last(batches[-1])
+        sizes = [size_of(batch) for batch in batches] or [torch.zeros(2, dtype=torch.long)]
         self._step_size = self.accelerator.reduce(torch.stack(sizes).sum(dim=0).to(device), reduction="sum")
+        self._step_batches = batches
         return batches, num_items
+
+    def _counted_of_last(self, batch: dict[str, Any]) -> int:
+        """Pairs that count of the batch taken last: an epoch's last ones repeat pairs to even out the ranks."""
+        size, state = num_counted(batch), self.accelerator.gradient_state
+        evened = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        return min(size, max(0, state.remainder - size * self.accelerator.process_index)) if evened else size
 
     def _shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
         """What this micro-batch's means weigh in the step, by pairs and by chosen tokens; 1 where all are of one size.
@@ -130,86 +286,67 @@ class MPOTrainer(LoadsItsCheckpoints, DPOTrainer):
         Transformers divides by the number of micro-batches, and DDP and DeepSpeed by the number of ranks, later on.
         """
         parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        shares = _size(inputs).to(self._step_size.device) * parts / self._step_size.clamp(min=1)
+        shares = size_of(inputs).to(self._step_size.device) * parts / self._step_size.clamp(min=1)
         return tuple(shares.tolist())
 
-    def _score(self, model: Any, inputs: dict[str, Any]) -> Scores:
-        model_inputs = _model_inputs(inputs)
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        mask = inputs["completion_mask"][:, 1:]
-        outputs = model(**model_inputs, **extra, labels=labels, fused_lm_head=True)
-        token_logps = outputs.log_probs[:, -mask.size(1) :]  # prompt-learning adapters put virtual tokens in front
-        if self.precompute_ref_logps:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        else:
-            ref_token_logps = self._reference_token_logps(model_inputs, labels)[:, -mask.size(1) :]
-            ref_logps = sequence_logps(ref_token_logps, mask, self.ld_alpha)
-        return Scores(sequence_logps(token_logps, mask, self.ld_alpha), ref_logps.float(), token_logps, mask, outputs)
-
-    @torch.no_grad()
-    def _reference_token_logps(self, model_inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        """Log-probabilities under the reference: its own model, or the policy with its adapter off or at its start."""
-        model, adapter = self.ref_model, contextlib.nullcontext()
-        if model is None:
-            model = self.model
-            unwrapped = self.accelerator.unwrap_model(model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-            assert is_peft_model(unwrapped)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), adapter:
-            return model(**model_inputs, labels=labels, fused_lm_head=True).log_probs
-
-    def _record(
-        self,
-        mode: str,
-        inputs: dict[str, Any],
-        scores: Scores,
-        terms: MPOLoss,
-        chosen_rewards: Tensor,
-        rejected_rewards: Tensor,
-    ) -> None:
+    def _record(self, mode: str, inputs: dict[str, Any], scores: Scores, terms: MPOLoss, rewards: Tensor) -> None:
         """Adds this micro-batch, over all ranks, to TRL's metrics, in one exchange: each is a sum over a count."""
-        outputs, mask = scores.outputs, scores.mask.bool()
-        width = mask.size(1)
-        chosen, rejected = mask.clone(), mask.clone()
-        chosen[mask.size(0) // 2 :] = False
-        rejected[: mask.size(0) // 2] = False
-        chosen_logps, rejected_logps = scores.logps.detach().chunk(2)
-        values = {
-            "entropy": outputs.entropy[:, -width:][mask],
-            "logits/chosen": outputs.mean_logits[:, -width:][chosen],
-            "logits/rejected": outputs.mean_logits[:, -width:][rejected],
-            "mean_token_accuracy": outputs.is_top1[:, -width:][chosen],
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": chosen_rewards > rejected_rewards,
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen_logps,
-            "logps/rejected": rejected_logps,
-            **{
-                f"loss/{name}": value
-                for name, value in terms._asdict().items()
-                if name != "loss" and value is not None
-            },
-        }
+        values = _values_of(inputs, scores, terms, rewards)
         if self.aux_loss_enabled:
-            values["aux_loss"] = outputs.aux_loss
-        tokens = inputs["attention_mask"].sum()
-        sums = [(value.detach().double().sum(), value.numel()) for value in values.values()] + [(tokens.double(), 1)]
+            values["aux_loss"] = scores.outputs.aux_loss
+        sums = [(value.detach().double().sum(), value.numel()) for value in values.values()]
         local = torch.tensor(sums, dtype=torch.float64, device="cpu").to(self.accelerator.device, _widest(self))
-        totals = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, (total, count) in zip(values, totals, strict=False):
+        totals = dict(zip(values, self.accelerator.reduce(local, reduction="sum").tolist(), strict=True))
+        num_tokens, _ = totals.pop("num_tokens")
+        for name, (total, count) in totals.items():
             self._metrics[mode][name].append(total / count if count else 0.0)
         self._metrics[mode]["reward_shift"].append(self.reward_shift.mean)
         if mode == "train":
-            self._total_train_tokens += int(totals[-1][0]) // self._tp_size
+            self._total_train_tokens += int(num_tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def end_step(self) -> None:
         """Takes the rewards of one optimizer step, all micro-batches and ranks, into the reward shift."""
         local = torch.cat(self._step_rewards).tolist() if self._step_rewards else []
-        self._step_rewards.clear()
-        self.reward_shift.update(gather_object(local) if self.accelerator.num_processes > 1 else local)
+        self._step_rewards, self._step_batches = [], []
+        rewards = gather_object(local) if self.accelerator.num_processes > 1 else local
+        self.reward_shift.update(rewards)
+        if not self.args.sync_ref_model:
+            self._zero_rewards.take_step(rewards, learned=self._learned)
+        self._learned += self._get_learning_rate()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Transformers' seam between the backward pass and the step: nothing that is no number goes into weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16:  # fp16's scaler leaves such steps out by itself
+            check_gradients(self.model, float(norm), self._step_batches, self._tokenizer, self._broken_gradients)
+        return norm
+
+    def _broken_gradients(self) -> list[str]:
+        """Which term of which micro-batch of this step has a gradient that is not finite: each is run once more."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return []
+        weights, found = [p for p in self.model.parameters() if p.requires_grad], []
+        for number, batch in enumerate(self._step_batches, 1):
+            scores = self._score(self.model, self._prepare_inputs(batch))
+            terms = self._terms(scores, self.beta * (scores.logps - scores.ref_logps), num_counted(batch), 1.0)
+            for name, term in terms._asdict().items():
+                if name != "loss" and term is not None:
+                    gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+                    if not all(g.isfinite().all() for g in gradients if g is not None):
+                        found.append(f"the {name} loss of micro-batch {number}")
+        return found
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves, and looks at what was written: weights that are not finite, empty or zero are an error.
+
+        Raises:
+            TrainingError: Names the weights.
+        """
+        check_finite(self.model)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            check_saved(Path(output_dir or self.args.output_dir), self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -218,14 +355,19 @@ class MPOTrainer(LoadsItsCheckpoints, DPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint or "") / REWARD_SHIFT_FILE
         if checkpoint is None:
             return
+        if self.args.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model=True` cannot be resumed: the reference model has moved with the policy and is not "
+                "part of a checkpoint, so the run would go on with another one. Start a new run from the checkpoint's "
+                "weights, or train with a fixed reference."
+            )
+        path = Path(checkpoint) / REWARD_SHIFT_FILE
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} has no {REWARD_SHIFT_FILE}: it was not saved by MPOTrainer, so the reward shift "
-                f"cannot be "
-                "restored. Start from its weights instead: pass the folder as the model."
+                f"{checkpoint} has no {REWARD_SHIFT_FILE}: it was not saved by MPOTrainer, so the reward shift cannot "
+                "be restored. Start from its weights instead: pass the folder as the model."
             )
         self.reward_shift.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -240,36 +382,35 @@ class _StepEnd(TrainerCallback):
         self.trainer.end_step()
 
 
-def sequence_logps(token_logps: Tensor, mask: Tensor, ld_alpha: float | None = None) -> Tensor:
-    """Log-probabilities of whole responses, summed in float32 whatever the model's dtype.
-
-    Args:
-        token_logps: Of every next token, chosen responses first, (2B, T).
-        mask: 1 where the token is part of a response, (2B, T).
-        ld_alpha: LD-DPO (https://arxiv.org/abs/2409.06411): the weight of the tokens by which a response is longer
-            than the other one of its pair; None weighs all alike.
-
-    Returns:
-        One sum per response, (2B,).
-    """
-    masked = token_logps.float().masked_fill(mask == 0, 0.0)
-    if ld_alpha is None:
-        return masked.sum(dim=1)
-    lengths = mask.sum(dim=1)
-    shared = torch.minimum(*lengths.chunk(2)).repeat(2)  # (2B,)
-    in_tail = mask.cumsum(dim=1) > shared[:, None]
-    return torch.where(in_tail, ld_alpha * masked, masked).sum(dim=1)
+def _each(data: Any, do: Callable[[Any], Any]) -> Any:
+    """Does it to a data set, or to each of a mapping of data sets; None stays None."""
+    if isinstance(data, dict):
+        return {name: do(part) for name, part in data.items()}
+    return None if data is None else do(data)
 
 
-def _size(batch: dict[str, Any]) -> Tensor:
-    """Pairs, and tokens of chosen responses, (2,)."""
-    mask = batch["completion_mask"]
-    num_pairs = mask.size(0) // 2
-    return torch.stack([torch.tensor(num_pairs, device=mask.device), mask[:num_pairs, 1:].sum()])
-
-
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**{name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}, "use_cache": False}
+def _values_of(inputs: dict[str, Any], scores: Scores, terms: MPOLoss, rewards: Tensor) -> dict[str, Tensor]:
+    """What TRL's metrics are means of, for the pairs that count; `rewards` is theirs, (2, B)."""
+    outputs, size, counted, width = scores.outputs, num_pairs(inputs), rewards.size(1), scores.mask.size(1)
+    chosen, rejected = torch.zeros_like(scores.mask).bool(), torch.zeros_like(scores.mask).bool()
+    chosen[:counted] = scores.mask[:counted].bool()
+    rejected[size : size + counted] = scores.mask[size : size + counted].bool()
+    chosen_logps, rejected_logps = (half[:counted].detach() for half in scores.logps.chunk(2))
+    means = {name: value for name, value in terms._asdict().items() if name != "loss" and value is not None}
+    return {
+        "entropy": outputs.entropy[:, -width:][chosen | rejected],
+        "logits/chosen": outputs.mean_logits[:, -width:][chosen],
+        "logits/rejected": outputs.mean_logits[:, -width:][rejected],
+        "mean_token_accuracy": outputs.is_top1[:, -width:][chosen],
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/accuracies": rewards[0] > rewards[1],
+        "rewards/margins": rewards[0] - rewards[1],
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+        **{f"loss/{name}": value.repeat(counted) for name, value in means.items()},
+        "num_tokens": torch.cat([inputs["attention_mask"][start : start + counted] for start in (0, size)]),
+    }
 
 
 def _widest(trainer: MPOTrainer) -> torch.dtype:

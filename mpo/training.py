@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from data_builders.records import InputError, Row
-from data_builders.samplers import load_model, load_processor
+from data_builders.samplers import load_processor
 from data_builders.shards import claim_folder
-from mpo.models import PARTS, train_parts
+from mpo.models import PARTS, load_for_training, train_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +30,9 @@ class StageConfig:
     """What a training verb needs besides model and trainer settings."""
 
     data: list[str] = field(metadata={"help": "Files or folders of rows, read one after the other."})
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "The same for evaluation during training (`eval_strategy`)."}
+    )
     image_root: str = field(default=".", metadata={"help": "Folder that image paths are relative to."})
     train: list[str] = field(
         default_factory=lambda: list(PARTS),
@@ -39,20 +42,20 @@ class StageConfig:
 
 def prepare(
     config: StageConfig, model_config: ModelConfig, args: Any, read: Callable[[list[str], str], "Dataset"]
-) -> tuple[PreTrainedModel, ProcessorMixin, "Dataset"]:
+) -> dict[str, Any]:
     """Loads and checks what a trainer is made of, in an order that finds cheap faults first.
 
     Args:
         config: Data and parts.
         model_config: TRL's settings of model and LoRA.
-        args: A `TrainingArguments`; its output folder is bound to these settings.
+        args: A `TrainingArguments`.
         read: Sources and image root to a dataset.
 
     Returns:
-        The model with its parts frozen or not, its processor, and the data.
+        The trainer's arguments but `args`: model (with its parts frozen or not), processor, data, LoRA settings.
 
     Raises:
-        InputError: Model, data or images are not what they should be, or the output folder holds another run.
+        InputError: Model, data or images are not what they should be.
     """
     if not args.output_dir or args.output_dir == "trainer_output":  # transformers' silent default
         raise InputError("`output_dir` is missing: name the folder for checkpoints and the trained model.")
@@ -61,7 +64,8 @@ def prepare(
         raise InputError("`model_name_or_path` is missing: the model to start from.")
     processor = load_processor(name, trust_remote_code=args.trust_remote_code)
     dataset = read(config.data, config.image_root)
-    model = load_model(
+    eval_dataset = read(config.eval_data, config.image_root) if config.eval_data else None
+    model = load_for_training(
         name,
         trust_remote_code=args.trust_remote_code,
         dtype=model_config.dtype or "float32",
@@ -69,10 +73,15 @@ def prepare(
         revision=model_config.model_revision,
         quantization_config=get_quantization_config(model_config),
     )
-    if not model_config.use_peft:
+    if isinstance(model, PreTrainedModel) and not model_config.use_peft:
         train_parts(model, config.train)
-    claim_output(args, {**asdict(config), **asdict(model_config)}, [Path(source) for source in config.data])
-    return model, processor, dataset
+    return {
+        "model": model,
+        "processing_class": processor,
+        "train_dataset": dataset,
+        "eval_dataset": eval_dataset,
+        "peft_config": get_peft_config(model_config),
+    }
 
 
 class LossBar(ProgressCallback):
@@ -96,21 +105,17 @@ def last_checkpoint(output_dir: Path) -> str | None:
     return None
 
 
-def claim_output(trainer_args: Any, settings: Row, inputs: list[Path]) -> None:
+def claim_output(config: StageConfig, model_config: ModelConfig, args: Any) -> None:
     """Binds the output folder to this run's settings, so that a run is only ever resumed with its own.
-
-    Args:
-        trainer_args: A `TrainingArguments`.
-        settings: The verb's own settings.
-        inputs: The data that is trained on.
 
     Raises:
         InputError: The folder holds a run with other settings.
     """
     machine = {"device", "logging_dir", "disable_tqdm", "report_to", "local_rank", "resume_from_checkpoint"}
-    chosen = {name: value for name, value in trainer_args.to_dict().items() if name not in machine}
-    if trainer_args.process_index == 0:
-        claim_folder(Path(trainer_args.output_dir), {**settings, **chosen}, inputs)
+    chosen = {name: value for name, value in args.to_dict().items() if name not in machine}
+    if args.process_index == 0:
+        inputs = [Path(source) for source in config.data]
+        claim_folder(Path(args.output_dir), {**asdict(config), **asdict(model_config), **chosen}, inputs)
 
 
 def train_and_save(trainer: Trainer) -> Row:
@@ -158,5 +163,8 @@ def _save_whole(trainer: Trainer, output_dir: Path) -> None:
         return
     trainer.state.save_to_json(str(staging / "trainer_state.json"))
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
-        path.replace(output_dir / path.name)
+        target = output_dir / path.name
+        if target.is_dir():  # an adapter's subfolder, of an earlier save
+            shutil.rmtree(target)
+        path.replace(target)
     staging.rmdir()

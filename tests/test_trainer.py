@@ -15,8 +15,8 @@ from data_builders.samplers import load_model
 from data_builders.shards import read_rows, write_rows
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import preference_dataset
+from mpo.scores import sequence_logps
 from mpo.train import run as train
-from mpo.trainer import sequence_logps
 from mpo.training import StageConfig, last_checkpoint
 
 SETTINGS: dict[str, Any] = {
