@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # what Pillow's decoders raise on broken files: each format has its own habits
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, struct.error, zlib.error)
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, struct.error, zlib.error)
 
 
 def image_path(root: Path, name: str) -> Path:
@@ -55,7 +55,7 @@ def load_image(root: Path, name: str) -> "Image":
     try:
         with Image.open(path) as image:
             mode, picture = image.mode, ImageOps.exif_transpose(image).convert("RGB")
-    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} cannot be decoded ({error}): the file is broken or not an image.") from error
     if mode[0] in "IF":
         raise InputError(

@@ -144,9 +144,10 @@ def claim_folder(folder: Path, settings: Row, inputs: Iterable[Path] = ()) -> No
 def _content_key(path: Path) -> str:
     """A short name for what a file or the files of a folder hold; big files go by size and time of change."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file() and p.name[0] != "."):
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != "."):
         status = file.stat()
         small = status.st_size < 64 * 2**20
-        digest.update(repr((file.name, status.st_size)).encode())
+        name = file.name if file == path else str(file.relative_to(path))
+        digest.update(repr((name, status.st_size)).encode())
         digest.update(file.read_bytes() if small else str(status.st_mtime_ns).encode())
     return digest.hexdigest()[:16]

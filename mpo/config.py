@@ -11,6 +11,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 TERMS = ("sigmoid", "bco_pair", "sft")  # TRL's names of preference, quality and generation loss
+_CHOICES = {
+    "truncation_mode": ("keep_start", "keep_end"),
+    "overlong": ("error", "drop"),
+    "sft_reduction": ("sequence", "token"),
+}
 
 
 @dataclass
@@ -82,26 +87,55 @@ class MPOConfig(DPOConfig):
         """Refuses what MPO's loss cannot honour; no option is silently ignored."""
         if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False  # TRL turns it on wherever fp16 is off, which fails on a laptop
+        self._check_terms()
+        self._check_values()
+        self._refuse("label_smoothing", 0.0, "it belongs to the losses 'robust' and 'exo_pair' of `trl.DPOTrainer`")
+        self._refuse("discopop_tau", 0.05, "it belongs to the loss 'discopop' of `trl.DPOTrainer`")
+        self._refuse("f_divergence_type", "reverse_kl", "the quality term has no counterpart for other divergences")
+        self._refuse("f_alpha_divergence_coef", 0.5, "it belongs to the divergence 'alpha_divergence'")
+        self._refuse("use_weighting", False, "WPO's weights are defined for one loss per pair, not for MPO's mix")
+        self._refuse("padding_free", False, "TRL 1.16 ignores it")
+        self._refuse("use_liger_kernel", False, "it leaves the reference as it is; `use_liger` changes both models")
+        self._refuse("liger_kernel_config", None, "`use_liger` takes all kernels that the model's family has")
+        if not self.sync_ref_model:
+            self._refuse("ref_model_mixup_alpha", 0.6, "without `sync_ref_model=True` the reference never moves")
+            self._refuse("ref_model_sync_steps", 512, "without `sync_ref_model=True` the reference never moves")
+        if self.use_liger and self.use_cpu:
+            raise ValueError("`use_liger` needs a GPU, and `use_cpu` is set: Triton kernels do not run on a CPU.")
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self._refuse("activation_offloading", False, "it moves activations to the CPU, where they are already")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` does not work with MPO: accelerate would cut a batch by the rows of its "
+                "tensors, which are two per pair, but one per picture or patch of `pixel_values`. Leave it out."
+            )
+        self.accelerator_config.dispatch_batches = False  # None would be True for a stream
+
+    def _check_terms(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         unknown = sorted(set(self.loss_type) - set(TERMS))
         if unknown:
             raise ValueError(
                 f"`loss_type` {unknown} is not a term of MPO: choose among {list(TERMS)}, or use `trl.DPOTrainer` "
-                f"for TRL's "
-                "other losses."
+                "for TRL's other losses."
             )
         if len(set(self.loss_type)) < len(self.loss_type):
             raise ValueError(f"`loss_type` names a term twice: {self.loss_type}. Give each once and weigh it instead.")
         if self.loss_weights is None:
             self.loss_weights = [dict(zip(TERMS, (0.8, 0.2, 1.0), strict=True))[term] for term in self.loss_type]
-        self._refuse("label_smoothing", 0.0, "it belongs to the losses 'robust' and 'exo_pair' of `trl.DPOTrainer`")
-        self._refuse("f_divergence_type", "reverse_kl", "the quality term has no counterpart for other divergences")
-        self._refuse("use_weighting", False, "WPO's weights are defined for one loss per pair, not for MPO's mix")
-        self._refuse("padding_free", False, "TRL 1.16 ignores it")
-        if self.use_liger and self.use_cpu:
-            raise ValueError("`use_liger` needs a GPU, and `use_cpu` is set: Triton kernels do not run on a CPU.")
-        super().__post_init__()
+
+    def _check_values(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}={value!r}` means nothing: choose one of {list(choices)}.")
+        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
+            raise ValueError(
+                f"`ld_alpha={self.ld_alpha}` is not in [0, 1]: it is the weight of the tokens by which one response "
+                "of a pair is longer; 1 weighs them like the others."
+            )
 
     def _refuse(self, name: str, default: object, reason: str) -> None:
         value = getattr(self, name)

@@ -1,7 +1,7 @@
 """The images of training data, named by path or embedded in a table: all of them looked at before training starts.
 
-A column of images has `datasets`' storage, a struct of `bytes` and `path` for each image. Encoded bytes are never
-copied: the arrays that come out share the memory, or the mapped file, of those that went in.
+A column of images has `datasets`' storage, a struct of `bytes` and `path` for each image. Encoded bytes are not copied
+(but where one column mixes them with paths): what comes out shares the memory, or the mapped file, of what went in.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from datasets.table import InMemoryTable
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from data_builders.images import _DECODING_ERRORS, check_images, image_path
+from data_builders.images import DECODING_ERRORS, check_images, image_path
 from data_builders.records import InputError, Row
 
 IMAGES = List(Image(mode="RGB"))
@@ -179,7 +179,7 @@ def _check_bytes(image: tuple[bytes | None, str]) -> None:
         with PILImage.open(BytesIO(encoded)) as picture:
             mode = picture.mode
             ImageOps.exif_transpose(picture).convert("RGB")
-    except (*_DECODING_ERRORS, PILImage.DecompressionBombError) as error:
+    except (*DECODING_ERRORS, PILImage.DecompressionBombError) as error:
         raise InputError(
             f"{where}: an embedded image cannot be decoded ({error}): it is broken or no image."
         ) from error

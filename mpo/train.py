@@ -23,10 +23,10 @@ def run(config: StageConfig, model_config: ModelConfig, args: MPOConfig) -> Summ
     parts = prepare(config, model_config, args, preference_dataset)
     claim_output(config, model_config, args)
     trainer = MPOTrainer(args=args, **parts)
-    return _summary(args, len(trainer.train_dataset), train_and_save(trainer))
+    return _summary(args, len(trainer.train_dataset), train_and_save(trainer), trainer.notes)
 
 
-def _summary(args: MPOConfig, num_pairs: int, metrics: dict[str, float]) -> Summary:
+def _summary(args: MPOConfig, num_pairs: int, metrics: dict[str, float], notes: list[str]) -> Summary:
     names = {
         "loss/preference": "preference loss",
         "loss/quality": "quality loss",
@@ -41,6 +41,6 @@ def _summary(args: MPOConfig, num_pairs: int, metrics: dict[str, float]) -> Summ
         "Mixed Preference Optimization",
         ["", "last logged"],
         rows,
-        notes=[f"The model is in {args.output_dir}."],
+        notes=[*notes, f"The model is in {args.output_dir}."],
         next_command=f"mpo eval --model {args.output_dir} --questions YOUR_TEST_QUESTIONS.jsonl --output evaluation",
     )

@@ -18,6 +18,7 @@ from data_builders.records import InputError, Row
 from data_builders.samplers import load_processor
 from data_builders.shards import claim_folder
 from mpo.models import PARTS, load_for_training, train_parts
+from mpo.sources import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,9 @@ _SHOWN = {"loss": "loss", "rewards/margins": "margin", "mean_token_accuracy": "a
 class StageConfig:
     """What a training verb needs besides model and trainer settings."""
 
-    data: list[str] = field(metadata={"help": "Files or folders of rows, read one after the other."})
+    data: list[str] = field(
+        metadata={"help": "Files, folders or (`mpo train`) Hub ids of rows, read one after the other."}
+    )
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "The same for evaluation during training (`eval_strategy`)."}
     )
@@ -114,7 +117,7 @@ def claim_output(config: StageConfig, model_config: ModelConfig, args: Any) -> N
     machine = {"device", "logging_dir", "disable_tqdm", "report_to", "local_rank", "resume_from_checkpoint"}
     chosen = {name: value for name, value in args.to_dict().items() if name not in machine}
     if args.process_index == 0:
-        inputs = [Path(source) for source in config.data]
+        inputs = [path for source in config.data if (path := local_path(source))]  # a Hub id has no content here
         claim_folder(Path(args.output_dir), {**asdict(config), **asdict(model_config), **chosen}, inputs)
 
 

@@ -25,6 +25,7 @@ SHORTER = {  # what makes a command of the README end in seconds with a model th
     "sample": ["--prompt", "direct", "--max_new_tokens", "4"],
     "dropout-ntp": ["--ratio", "0", "--max_new_tokens", "4"],
     "train": ["--max_steps", "1", "--use_cpu", "true", "--gradient_checkpointing", "false", "--report_to", "none"],
+    "reference": ["--use_cpu", "true", "--report_to", "none"],
     "eval": ["--max_new_tokens", "4"],
 }
 
@@ -42,12 +43,13 @@ def workplace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_commands_lead_from_questions_to_a_report(workplace: Path) -> None:
     verbs = [command[0] for command in COMMANDS]
-    assert verbs == ["sample", "judge", "pair", "dropout-ntp", "train", "eval", "report"]
+    assert verbs == ["sample", "judge", "pair", "dropout-ntp", "train", "eval", "report", "reference"]
     for verb, *settings in COMMANDS:
         run_verb(verb, [*settings, *SHORTER.get(verb, [])])
     assert (workplace / "my-mpo-model").is_dir()
     assert (workplace / "my-mpo-model" / "config.json").is_file()
     assert (workplace / "report.html").stat().st_size > 10_000
+    assert list((workplace / "reference").glob("*/00000.jsonl"))
 
 
 def test_the_script_trains(workplace: Path, finished: Path) -> None:
