@@ -144,7 +144,8 @@ def claim_folder(folder: Path, settings: Row, inputs: Iterable[Path] = ()) -> No
 def _content_key(path: Path) -> str:
     """A short name for what a file or the files of a folder hold; big files go by size and time of change."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != "."):
+    inside = (p for p in path.rglob("*") if p.is_file() and not str(p.relative_to(path)).startswith("."))
+    for file in [path] if path.is_file() else sorted(inside):
         status = file.stat()
         small = status.st_size < 64 * 2**20
         name = file.name if file == path else str(file.relative_to(path))

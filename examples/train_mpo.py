@@ -1,8 +1,9 @@
 """Mixed Preference Optimization in a TRL script.
 
-    python examples/train_mpo.py MODEL PAIRS.jsonl IMAGE_ROOT OUTPUT
+    python examples/train_mpo.py MODEL PAIRS IMAGE_ROOT OUTPUT
 
-PAIRS.jsonl holds pair rows as `mpo pair` writes them. Any dataset that `trl.DPOTrainer` takes will do as well.
+PAIRS is anything that `mpo train` takes: pairs of `mpo pair`, or TRL's preference format as JSONL, Parquet, a folder
+or a Hub id. Any dataset that `trl.DPOTrainer` takes will do as well.
 """
 
 import sys

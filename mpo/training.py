@@ -4,12 +4,14 @@ The loop itself is transformers'.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -31,7 +33,10 @@ class StageConfig:
     """What a training verb needs besides model and trainer settings."""
 
     data: list[str] = field(
-        metadata={"help": "Files, folders or (`mpo train`) Hub ids of rows, read one after the other."}
+        metadata={
+            "help": "Sources, read one after the other: JSONL files or folders of shards; `mpo train` also takes "
+            "JSON, Parquet, saved data sets and Hub ids (org/name[/config][:split])."
+        }
     )
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "The same for evaluation during training (`eval_strategy`)."}
@@ -60,6 +65,8 @@ def prepare(
     Raises:
         InputError: Model, data or images are not what they should be.
     """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of it in every run, whoever imports it
     if not args.output_dir or args.output_dir == "trainer_output":  # transformers' silent default
         raise InputError("`output_dir` is missing: name the folder for checkpoints and the trained model.")
     name = model_config.model_name_or_path
@@ -117,7 +124,8 @@ def claim_output(config: StageConfig, model_config: ModelConfig, args: Any) -> N
     machine = {"device", "logging_dir", "disable_tqdm", "report_to", "local_rank", "resume_from_checkpoint"}
     chosen = {name: value for name, value in args.to_dict().items() if name not in machine}
     if args.process_index == 0:
-        inputs = [path for source in config.data if (path := local_path(source))]  # a Hub id has no content here
+        sources = [*config.data, *config.eval_data]
+        inputs = [path for source in sources if (path := local_path(source))]  # a Hub id has no content here
         claim_folder(Path(args.output_dir), {**asdict(config), **asdict(model_config), **chosen}, inputs)
 
 
