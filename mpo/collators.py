@@ -98,15 +98,17 @@ def picture_collator(processor: Any, args: DPOConfig, dataset: Any) -> Preferenc
         processor=processor,
         max_length=args.max_length,
         pad_to_multiple_of=args.pad_to_multiple_of,
-        stand_in=_first_picture(dataset) if _shards_the_model(args) else None,
+        stand_in=first_picture(dataset) if shards_the_model(args) else None,
     )
 
 
-def _shards_the_model(args: DPOConfig) -> bool:
+def shards_the_model(args: DPOConfig) -> bool:
+    """Whether several ranks share one model, and so have to run the same modules."""
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return args.world_size > 1 and bool(args.deepspeed_plugin or fsdp)
 
 
-def _first_picture(dataset: Any) -> Any:
+def first_picture(dataset: Any) -> Any:
+    """The first picture of a data set; None without any."""
     pictures = ([row["image"]] if "image" in row else row["images"] for row in dataset)
     return next((found[0] for found in pictures if found and found[0] is not None), None)

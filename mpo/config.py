@@ -76,6 +76,26 @@ class MPOConfig(DPOConfig):
         },
     )
 
+    share_prefixes: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute every prefix and picture that a micro-batch's sequences share once. Same losses and "
+            "gradients; models that cannot take it say so and compute rows one by one."
+        },
+    )
+    max_forest_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `share_prefixes`: tokens of a row of trees, at most. None: as many as the largest tree has."
+        },
+    )
+    group_by_question: bool = field(
+        default=False,
+        metadata={
+            "help": "Put pairs of one question into one micro-batch, where they share most. Off by default: an "
+            "optimizer step then sees fewer questions, and its gradient is noisier."
+        },
+    )
     use_liger: bool = field(
         default=False,
         metadata={

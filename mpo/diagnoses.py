@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data_builders.records import InputError
 from mpo.losses import MPOLoss
+from mpo.scores import tokens_of
 
 _REPEATED = re.compile(r"(<[^<>\s]{1,40}>)(?:\s*\1)+")
 _ZERO_STEPS = 3  # optimizer steps with rewards of exactly 0, after weights should have moved, before training stops
@@ -28,8 +29,7 @@ class TrainingError(InputError):
 
 def row_text(inputs: Mapping[str, Tensor], row: int, tokenizer: Any, *, width: int = 160) -> str:
     """The beginning of a row as a reader would search for it in the data: image tokens once, then the text."""
-    ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
-    text = _REPEATED.sub(r"\1..", tokenizer.decode(ids))
+    text = _REPEATED.sub(r"\1..", tokenizer.decode(tokens_of(inputs, row)))
     return repr(text if len(text) <= width else text[:width] + "...")
 
 

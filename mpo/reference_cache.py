@@ -9,7 +9,7 @@ and not where it lies, so an entry that was computed on another machine can be c
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,7 +27,9 @@ from trl.trainer.utils import use_adapter
 
 from data_builders.records import InputError, Row
 from data_builders.shards import SETTINGS_FILE, claim_folder, read_rows, write_rows
-from mpo.scores import REF_COLUMNS, labels_of, model_inputs, num_counted, sequence_logps
+from mpo.groups import question_keys
+from mpo.models import base_of
+from mpo.scores import REF_COLUMNS, num_counted, score_tokens, sequence_logps
 
 _USED_COLUMNS = (
     *("prompt", "chosen", "rejected", "image", "images", "tools", "chat_template_kwargs"),
@@ -56,10 +58,10 @@ class CachesItsReference:
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        mask = inputs["completion_mask"][:, 1:]
+        base = base_of(self.accelerator.unwrap_model(model))
         with checkpointing, adapter, self.accelerator.autocast():
-            token_logps = model(**model_inputs(inputs), labels=labels_of(inputs), fused_lm_head=True).log_probs
-        return sequence_logps(token_logps[:, -mask.size(1) :], mask, self.ld_alpha).chunk(2)
+            token_logps = score_tokens(model, base, inputs).logps
+        return sequence_logps(token_logps, inputs["completion_mask"][:, 1:], self.ld_alpha).chunk(2)
 
     def reference_root(self) -> Path:
         """The folder that holds all entries: beside what `datasets` keeps, unless another one is named."""
@@ -73,7 +75,7 @@ class CachesItsReference:
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says why it cannot be
         if set(REF_COLUMNS) <= set(dataset.column_names):
             return dataset
-        self._put_liger_in()
+        self._settle()
         cache = ReferenceCache(self.reference_root(), self._reference_parts(dataset), len(dataset))
         is_gone = self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0
         if is_gone and cache.missing():
@@ -89,6 +91,7 @@ class CachesItsReference:
             accelerator=self.accelerator,
             name=name,
             batch_size=batch_size,
+            by_question=self.shares_prefixes,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -132,38 +135,41 @@ class ReferenceCache:
     def __init__(self, root: Path, parts: Row, num_rows: int) -> None:
         self.root, self.parts, self.num_rows = root, parts, num_rows
         self.folder = root / _digest(json.dumps(parts, sort_keys=True).encode())[:16]
-        self._pending: list[Row] = []
-        self._waiting = self._missing_shards()
+        self._pending: dict[int, Row] = {}
 
     def missing(self) -> list[int]:
-        """The rows that have no numbers yet, in order: those of whole shards."""
-        return [row for shard in self._missing_shards() for row in self._rows_of(shard)]
+        """The rows that have no numbers on disk yet."""
+        found = {row["row"] for row in self._written()}
+        return [row for row in range(self.num_rows) if row not in found]
 
-    def add(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Takes the numbers of the next missing rows, and writes every shard that is whole."""
-        self._pending += [
-            dict(zip(REF_COLUMNS, row, strict=True)) for row in zip(chosen.tolist(), rejected.tolist(), strict=True)
-        ]
-        while self._waiting and len(self._pending) >= len(self._rows_of(self._waiting[0])):
-            shard = self._waiting.pop(0)
-            size = len(self._rows_of(shard))
+    def add(self, rows: Sequence[int], chosen: Sequence[float], rejected: Sequence[float]) -> None:
+        """Takes the numbers of some rows, in any order, and writes a shard when there are enough of them."""
+        for row, *numbers in zip(rows, chosen, rejected, strict=True):
+            self._pending[row] = {"row": row, **dict(zip(REF_COLUMNS, numbers, strict=True))}
+        if len(self._pending) >= _ROWS_PER_SHARD:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what has been taken and is not on disk yet."""
+        if self._pending:
             claim_folder(self.folder, {**self.parts, "rows": self.num_rows})
-            write_rows(self._path(shard), self._pending[:size])
-            self._pending = self._pending[size:]
+            number = len(list(self.folder.glob("*.jsonl")))
+            write_rows(self.folder / f"{number:05d}.jsonl", self._pending.values())
+            self._pending = {}
 
     def columns(self) -> dict[str, list[float]]:
         """All numbers, one list per column of `REF_COLUMNS`.
 
         Raises:
-            InputError: A shard does not hold what it should.
+            InputError: The entry does not hold what it should.
         """
-        rows = [row for shard in self._shards() for row in read_rows(self._path(shard))]
-        if len(rows) != self.num_rows or any(set(row) != set(REF_COLUMNS) for row in rows):
+        by_row = {row["row"]: row for row in self._written()}
+        if by_row.keys() != set(range(self.num_rows)):
             raise InputError(
-                f"{self.folder} holds {len(rows)} rows of reference log-probabilities for {self.num_rows} rows of "
+                f"{self.folder} holds {len(by_row)} rows of reference log-probabilities for {self.num_rows} rows of "
                 "data: a file was changed by hand. Delete the folder; it is computed again."
             )
-        return {name: [row[name] for row in rows] for name in REF_COLUMNS}
+        return {name: [by_row[row][name] for row in range(self.num_rows)] for name in REF_COLUMNS}
 
     def relatives(self) -> list[str]:
         """What keeps other entries of this root from being used, when they differ in one thing: one line each."""
@@ -175,17 +181,12 @@ class ReferenceCache:
                 lines.append(f"{path.parent} has another {differing[0].replace('_', ' ')}")
         return lines
 
-    def _shards(self) -> range:
-        return range(-(-self.num_rows // _ROWS_PER_SHARD))
-
-    def _missing_shards(self) -> list[int]:
-        return [shard for shard in self._shards() if not self._path(shard).exists()]
-
-    def _rows_of(self, shard: int) -> range:
-        return range(shard * _ROWS_PER_SHARD, min((shard + 1) * _ROWS_PER_SHARD, self.num_rows))
-
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.jsonl"
+    def _written(self) -> Iterator[Row]:
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for row in read_rows(path):
+                if row.keys() != {"row", *REF_COLUMNS}:
+                    raise InputError(f"{path} is not a shard of reference log-probabilities: delete {self.folder}.")
+                yield row
 
 
 def fill(
@@ -195,6 +196,8 @@ def fill(
     *,
     accelerator: Accelerator,
     name: str,
+    batch_size: int,
+    by_question: bool,
     **loader_settings: Any,
 ) -> dict[str, list[float]]:
     """Computes what an entry lacks, over all ranks, and gives its columns to every rank.
@@ -203,11 +206,14 @@ def fill(
 
     Args:
         cache: The entry.
-        dataset: The rows, in the entry's order.
+        dataset: The rows.
         score: A batch to the summed reference log-probabilities of its chosen and rejected responses, (B,) each.
-        accelerator: What distributes batches over ranks.
+        accelerator: What tells the ranks apart.
         name: Of the data set, for the progress bar.
-        **loader_settings: Of `torch.utils.data.DataLoader`: batch size and collator at least.
+        batch_size: Pairs in a batch of one rank.
+        by_question: Whether all pairs of a question make one batch, however many, so that a forest scores each of
+            their responses once for the whole data set.
+        **loader_settings: Of `torch.utils.data.DataLoader`: the collator at least.
 
     Returns:
         One list per column of `REF_COLUMNS`, in the order of the data set.
@@ -217,15 +223,37 @@ def fill(
     if missing and main:
         for line in cache.relatives():
             logger.warning("reference log-probabilities of the %s data are computed anew: %s.", name, line)
-    if missing:
-        rows = dataset if len(missing) == len(dataset) else dataset.select(missing)
-        loader = accelerator.prepare_data_loader(DataLoader(rows, shuffle=False, **loader_settings))
-        for batch in tqdm(loader, desc=f"Reference log-probs of {name} data", disable=not main):
-            chosen, rejected = accelerator.gather_for_metrics(score(batch))
-            if main:
-                cache.add(chosen, rejected)
+    batches = _batches(dataset, missing, batch_size, by_question)
+    rounds = -(-len(batches) // accelerator.num_processes)
+    mine = [batches[(accelerator.process_index + i * accelerator.num_processes) % len(batches)] for i in range(rounds)]
+    loader = DataLoader(dataset, batch_sampler=mine, **loader_settings)
+    with tqdm(total=len(missing), desc=f"Reference log-probs of {name} data", unit=" pairs", disable=not main) as bar:
+        for rows, batch in zip(mine, loader, strict=True):
+            found = score(send_to_device(batch, accelerator.device))
+            for result in gather_object([(rows, *(numbers.tolist() for numbers in found))]):
+                if main:
+                    cache.add(*result)
+                bar.update(len(result[0]))
+    if main:
+        cache.write()
     (columns,) = broadcast_object_list([cache.columns() if main else None])
     return columns
+
+
+def _batches(dataset: Dataset, missing: list[int], batch_size: int, by_question: bool) -> list[list[int]]:
+    """The missing rows in batches of one rank."""
+    if not by_question or not missing:
+        return [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    keys = question_keys(dataset)
+    groups: dict[bytes, list[int]] = {}
+    for row in missing:
+        groups.setdefault(keys[row], []).append(row)
+    batches: list[list[int]] = [[]]
+    for group in groups.values():
+        if batches[-1] and len(batches[-1]) + len(group) > batch_size:
+            batches.append([])
+        batches[-1] += group
+    return batches
 
 
 def model_digest(model: nn.Module) -> str:

@@ -1,5 +1,8 @@
 """What a micro-batch of pairs is scored by: its log-probabilities, and which of its pairs count.
 
+A batch is either plain (of TRL's collators: one padded row per response) or a forest (of `mpo.forest_collators`:
+shared prefixes once). Both have a `completion_mask` with one row per response, and leave here in the same shapes.
+
 Shapes: B pairs, 2B rows with the chosen responses first; T tokens. Log-probabilities are in nats.
 """
 
@@ -7,11 +10,37 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mpo.forest_inputs import forest_inputs
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of a data set or batch: one number per pair
 NUM_PAIRS = "num_pairs"  # in a batch: how many of its pairs count, the first ones
-_NOT_FOR_THE_MODEL = {"completion_mask", NUM_PAIRS, *REF_COLUMNS}
+
+_OF_A_FOREST = ("places", "lengths", "positions", "last", "shift_labels", "tree", "root_ids", "root_mask")
+_NOT_FOR_THE_MODEL = {
+    *("completion_mask", NUM_PAIRS, "root_mm_token_type_ids"),
+    *REF_COLUMNS,
+    *_OF_A_FOREST,
+}
+
+
+class TokenScores(NamedTuple):
+    """What a model's fused head says of the next token at each place of a response; 0 elsewhere.
+
+    Attributes:
+        logps: Its log-probability, (2B, T).
+        entropy: Entropy of the prediction, (2B, T); like the next two None for a reference.
+        mean_logits: Mean of the logits, (2B, T).
+        is_top1: Whether it was the likeliest, (2B, T).
+        aux_loss: Load-balancing loss of a mixture of experts, if asked for.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+    aux_loss: Tensor | None
 
 
 class Scores(NamedTuple):
@@ -20,16 +49,47 @@ class Scores(NamedTuple):
     Attributes:
         logps: Summed log-probabilities of the policy in float32, (2B,).
         ref_logps: The same of the reference, (2B,).
-        token_logps: Log-probability of every next token, 0 outside responses, (2B, T - 1).
-        mask: 1 where the next token is part of a response, (2B, T - 1).
-        outputs: Everything else the fused head returned.
+        mask: 1 where a token is part of a response, (2B, T).
+        tokens: The policy's, token by token.
     """
 
     logps: Tensor
     ref_logps: Tensor
-    token_logps: Tensor
     mask: Tensor
-    outputs: Any
+    tokens: TokenScores
+
+
+def is_forest(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is a forest."""
+    return "last" in batch
+
+
+def score_tokens(model: nn.Module, base: nn.Module, batch: Mapping[str, Any], **extra: Any) -> TokenScores:
+    """One forward of a model with TRL's fused head.
+
+    Args:
+        model: As it is called: perhaps wrapped by DDP, DeepSpeed or PEFT.
+        base: The model itself.
+        batch: Plain or a forest.
+        **extra: More arguments of the forward.
+    """
+    width = batch["completion_mask"].size(1) - 1
+    inputs = model_inputs(batch)
+    if is_forest(batch):
+        inputs |= forest_inputs(base, batch)
+        outputs = model(**inputs, **extra, shift_labels=batch["shift_labels"], fused_lm_head=True)
+    else:
+        outputs = model(**inputs, **extra, labels=_labels_of(batch), fused_lm_head=True)
+
+    def of_responses(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        if is_forest(batch):
+            return values.flatten()[batch["places"]] * batch["completion_mask"][:, 1:]
+        return values[:, -width:]  # prompt-learning adapters put virtual tokens in front
+
+    names = ("log_probs", "entropy", "mean_logits", "is_top1")
+    return TokenScores(*(of_responses(getattr(outputs, name)) for name in names), outputs.aux_loss)
 
 
 def sequence_logps(token_logps: Tensor, mask: Tensor, ld_alpha: float | None = None) -> Tensor:
@@ -69,11 +129,27 @@ def size_of(batch: Mapping[str, Any]) -> Tensor:
     return torch.stack([torch.tensor(counted, device=mask.device), mask[:counted, 1:].sum()])
 
 
+def lengths_of(batch: Mapping[str, Any]) -> Tensor:
+    """Tokens of each sequence, prompt and response, (2B,)."""
+    return batch["lengths"] if is_forest(batch) else batch["attention_mask"].sum(dim=1)
+
+
+def tokens_of(batch: Mapping[str, Any], row: int) -> list[int]:
+    """The tokens of one sequence of a batch, prompt and response."""
+    if not is_forest(batch):
+        return batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
+    places = batch["places"][row][batch["completion_mask"][row, 1:].bool()]
+    tree_row, place = divmod(int(places[0]), batch["last"].size(1))
+    keys = torch.arange(batch["last"].size(1), device=places.device)
+    path = batch["input_ids"][tree_row][(keys <= place) & (place <= batch["last"][tree_row])]
+    return [*path.tolist(), *batch["shift_labels"].flatten()[places].tolist()]
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's forward takes of a batch."""
+    """What a model's forward takes of a batch as it is."""
     return {**{name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}, "use_cache": False}
 
 
-def labels_of(batch: Mapping[str, Any]) -> Tensor:
+def _labels_of(batch: Mapping[str, Any]) -> Tensor:
     """The tokens of responses, -100 elsewhere, (2B, T)."""
     return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)

@@ -34,20 +34,22 @@ from mpo.scores import (
     NUM_PAIRS,
     REF_COLUMNS,
     Scores,
-    labels_of,
+    lengths_of,
     model_inputs,
     num_counted,
     num_pairs,
+    score_tokens,
     sequence_logps,
     size_of,
 )
+from mpo.shared_prefixes import SharesPrefixes
 
 REWARD_SHIFT_FILE = "reward_shift.json"
 
 logger = logging.getLogger(__name__)
 
 
-class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
+class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTrainer):
     """Trains with Mixed Preference Optimization; takes exactly what `trl.DPOTrainer` takes.
 
     Besides TRL's metrics it logs `loss/preference`, `loss/quality`, `loss/generation` and `reward_shift`.
@@ -98,7 +100,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
         self._step_size: Tensor | None = None
         self._zero_rewards, self._learned = ZeroRewards(), 0.0
         self._hides_pictures = args.precompute_ref_log_probs
-        self._liger_is_in = not args.use_liger
+        self._is_settled, self._own_collator = False, data_collator is not None
         if has_pictures(train_dataset):
             processing_class = processing_class or processor_of(model, args)
             data_collator = data_collator or picture_collator(processing_class, args, train_dataset)
@@ -110,7 +112,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
             model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         self._hides_pictures = False
-        self._put_liger_in()
+        self._settle()
         if self.precompute_ref_logps:
             self.ref_model = None
         if isinstance(self.data_collator, PreferenceCollator):
@@ -130,13 +132,16 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
         self.notes.append(line)
         logger.warning(line)
 
-    def _put_liger_in(self) -> None:
-        """Liger's kernels into policy and reference alike, before either is asked anything."""
-        if not self._liger_is_in:
-            self._liger_is_in = True
+    def _settle(self) -> None:
+        """What needs a built trainer and comes before a model is asked anything: kernels, and the collator."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        if self.args.use_liger:
             self._note(apply_liger_kernels(base_of(self.model)))
             if self.ref_model is not None:
                 apply_liger_kernels(base_of(self.accelerator.unwrap_model(self.ref_model)))
+        self._plant_forests(self._own_collator)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: MPOConfig, dataset_name: str) -> Any:
         """TRL's seam for text: tokenizes; what `max_length` leaves nothing of is an error, not dropped unseen."""
@@ -225,7 +230,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
         check_terms(terms, scores.logps, scores.ref_logps, inputs, self._tokenizer, step=self.state.global_step)
         loss = terms.loss * pair_share
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * scores.outputs.aux_loss
+            loss = loss + self.router_aux_loss_coef * scores.tokens.aux_loss
         rewards = torch.stack([half[:counted] for half in rewards.detach().chunk(2)])  # (2, B)
         if mode == "train":
             self._step_rewards.append(rewards.flatten())
@@ -238,13 +243,12 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
     def _score(self, model: Any, inputs: dict[str, Any]) -> Scores:
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
         mask = inputs["completion_mask"][:, 1:]
-        outputs = model(**model_inputs(inputs), **extra, labels=labels_of(inputs), fused_lm_head=True)
-        token_logps = outputs.log_probs[:, -mask.size(1) :]  # prompt-learning adapters put virtual tokens in front
+        tokens = score_tokens(model, base_of(self.accelerator.unwrap_model(model)), inputs, **extra)
         if self.precompute_ref_logps:
             ref_logps = torch.cat([inputs[name] for name in REF_COLUMNS])
         else:
             ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
-        return Scores(sequence_logps(token_logps, mask, self.ld_alpha), ref_logps.float(), token_logps, mask, outputs)
+        return Scores(sequence_logps(tokens.logps, mask, self.ld_alpha), ref_logps.float(), mask, tokens)
 
     def _terms(self, scores: Scores, rewards: Tensor, counted: int, token_weight: float) -> MPOLoss:
         """The loss of the pairs that count; where none does, of all, to be weighed with 0."""
@@ -252,7 +256,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
         chosen_rewards, rejected_rewards = (half[:counted] for half in rewards.chunk(2))
         generation = None
         if self.args.term_weights[2]:
-            token_logps, mask = scores.token_logps[:counted], scores.mask[:counted]
+            token_logps, mask = scores.tokens.logps[:counted], scores.mask[:counted]
             generation = generation_loss(token_logps.float(), mask, reduction=self.args.sft_reduction)
             if self.args.sft_reduction == "token":
                 generation = generation * token_weight
@@ -293,7 +297,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, DPOTrainer):
         """Adds this micro-batch, over all ranks, to TRL's metrics, in one exchange: each is a sum over a count."""
         values = _values_of(inputs, scores, terms, rewards)
         if self.aux_loss_enabled:
-            values["aux_loss"] = scores.outputs.aux_loss
+            values["aux_loss"] = scores.tokens.aux_loss
         sums = [(value.detach().double().sum(), value.numel()) for value in values.values()]
         local = torch.tensor(sums, dtype=torch.float64, device="cpu").to(self.accelerator.device, _widest(self))
         totals = dict(zip(values, self.accelerator.reduce(local, reduction="sum").tolist(), strict=True))
@@ -391,17 +395,18 @@ def _each(data: Any, do: Callable[[Any], Any]) -> Any:
 
 def _values_of(inputs: dict[str, Any], scores: Scores, terms: MPOLoss, rewards: Tensor) -> dict[str, Tensor]:
     """What TRL's metrics are means of, for the pairs that count; `rewards` is theirs, (2, B)."""
-    outputs, size, counted, width = scores.outputs, num_pairs(inputs), rewards.size(1), scores.mask.size(1)
+    tokens, size, counted = scores.tokens, num_pairs(inputs), rewards.size(1)
+    rows = [*range(counted), *range(size, size + counted)]
     chosen, rejected = torch.zeros_like(scores.mask).bool(), torch.zeros_like(scores.mask).bool()
     chosen[:counted] = scores.mask[:counted].bool()
     rejected[size : size + counted] = scores.mask[size : size + counted].bool()
     chosen_logps, rejected_logps = (half[:counted].detach() for half in scores.logps.chunk(2))
     means = {name: value for name, value in terms._asdict().items() if name != "loss" and value is not None}
     return {
-        "entropy": outputs.entropy[:, -width:][chosen | rejected],
-        "logits/chosen": outputs.mean_logits[:, -width:][chosen],
-        "logits/rejected": outputs.mean_logits[:, -width:][rejected],
-        "mean_token_accuracy": outputs.is_top1[:, -width:][chosen],
+        "entropy": tokens.entropy[chosen | rejected],
+        "logits/chosen": tokens.mean_logits[chosen],
+        "logits/rejected": tokens.mean_logits[rejected],
+        "mean_token_accuracy": tokens.is_top1[chosen],
         "rewards/chosen": rewards[0],
         "rewards/rejected": rewards[1],
         "rewards/accuracies": rewards[0] > rewards[1],
@@ -409,7 +414,7 @@ def _values_of(inputs: dict[str, Any], scores: Scores, terms: MPOLoss, rewards: 
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
         **{f"loss/{name}": value.repeat(counted) for name, value in means.items()},
-        "num_tokens": torch.cat([inputs["attention_mask"][start : start + counted] for start in (0, size)]),
+        "num_tokens": lengths_of(inputs)[rows],
     }
 
 

@@ -12,6 +12,7 @@ from tiny_models import FAMILIES, SIZES, build, picture, preference_rows
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from mpo import MPOConfig, MPOTrainer
 from mpo.models import PARTS, part_of
@@ -119,7 +120,7 @@ def token_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def test_a_saved_model_scores_as_the_trained_one(family: Family, tmp_path: Path) -> None:
     family.trained.save_model(str(tmp_path))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    batch = family.trained.data_collator(preference_rows(4))
+    batch = DataCollatorForVisionPreference(family.trained.processing_class)(preference_rows(4))
     expected = token_logps(family.trained.model.eval(), batch)
     torch.testing.assert_close(token_logps(model, batch), expected, atol=1e-5, rtol=0)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is type(family.trained.processing_class)
@@ -164,7 +165,7 @@ def picture_embeddings(trainer: MPOTrainer, images: list[Any]) -> Tensor:
     """What the language model gets in the places of a row's pictures, (tokens, hidden size)."""
     seen: list[Tensor] = []
     row = {**preference_rows(1)[0], "images": images}
-    batch = trainer.data_collator([row])
+    batch = DataCollatorForVisionPreference(trainer.processing_class)([row])
     model = trainer.model.eval()
 
     def keep(module: torch.nn.Module, args: Any, arguments: dict[str, Any]) -> None:

@@ -17,8 +17,10 @@ from data_builders.samplers import load_model
 from data_builders.shards import read_rows, write_rows
 from mpo import MPOConfig, MPOTrainer, reference_cache
 from mpo.cli import run_verb
+from mpo.collators import PreferenceCollator
 from mpo.data import preference_dataset
 from mpo.reference_cache import ReferenceCache, data_digest, model_digest, processor_digest
+from mpo.scores import REF_COLUMNS, num_pairs
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 3,
@@ -91,7 +93,7 @@ def test_the_numbers_are_the_references_own(task: Path, folder: Path) -> None:
     trainer = build(task, folder)
     dataset = preference_dataset([folder / "pairs.jsonl"], folder)
     model = load_model(task / "model", dtype="float32")
-    batch = trainer.data_collator([dataset[row] for row in range(10)])
+    batch = PreferenceCollator(trainer.processing_class)([dataset[row] for row in range(10)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
     with torch.no_grad():
@@ -110,7 +112,7 @@ def test_a_pass_that_was_killed_goes_on_after_its_last_whole_shard(
     compute, asked = MPOTrainer.compute_ref_log_probs, []
 
     def killed(trainer: MPOTrainer, model: Any, inputs: Any) -> Any:
-        asked.append(inputs["input_ids"].size(0) // 2)
+        asked.append(num_pairs(inputs))
         if len(asked) == 4:
             raise KeyboardInterrupt
         return compute(trainer, model, inputs)
@@ -121,7 +123,7 @@ def test_a_pass_that_was_killed_goes_on_after_its_last_whole_shard(
     assert len(list((folder / "reference").glob("*/0*.jsonl"))) == 1  # rows 4 and 5 were computed, and are lost
     trainer = build(task, folder, precompute_ref_batch_size=2)
     assert asked == [2, 2, 2, 2, 2, 2, 2]
-    assert trainer.train_dataset["ref_chosen_logps"] == pytest.approx(whole, abs=1e-5)
+    assert trainer.train_dataset["ref_chosen_logps"] == pytest.approx(whole, abs=1e-4)
 
 
 @pytest.mark.parametrize("changed", ["reference model", "data set", "picture", "processor", "max length"])
@@ -168,11 +170,14 @@ def test_only_content_counts_so_an_entry_can_be_carried_to_another_machine(
     assert build(elsewhere, elsewhere).train_dataset["ref_chosen_logps"] == expected
 
 
-def test_an_entry_that_was_tampered_with_is_refused(task: Path, folder: Path) -> None:
-    build(task, folder)
+def test_an_entry_that_was_tampered_with_is_refused_or_completed(task: Path, folder: Path) -> None:
+    expected = list(build(task, folder).train_dataset["ref_chosen_logps"])
     (shard,) = (folder / "reference").glob("*/00000.jsonl")
-    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(ValueError, match="holds 9 rows of reference log-probabilities for 10 rows of data"):
+    first, *others = shard.read_text().splitlines(keepends=True)
+    shard.write_text("".join(others))
+    assert build(task, folder).train_dataset["ref_chosen_logps"] == pytest.approx(expected, abs=1e-4)
+    shard.write_text("".join([*others, first.replace('"row": 0', '"row": 10')]))
+    with pytest.raises(ValueError, match="holds 11 rows of reference log-probabilities for 10 rows of data"):
         build(task, folder)
 
 
@@ -259,18 +264,44 @@ def test_digests_tell_contents_apart_and_nothing_else(task: Path, folder: Path) 
 
 def test_shards_are_written_as_rows_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_cache, "_ROWS_PER_SHARD", 2)
-    cache = ReferenceCache(tmp_path, {"data_set": "a"}, 5)
-    assert cache.missing() == [0, 1, 2, 3, 4]
-    cache.add(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-4.0, -5.0, -6.0]))
-    assert cache.missing() == [2, 3, 4]
-    again = ReferenceCache(tmp_path, {"data_set": "a"}, 5)
-    again.add(torch.tensor([-3.0, -3.5, -3.75]), torch.tensor([-6.0, -6.5, -6.75]))
+    cache = ReferenceCache(tmp_path, {"data_set": "a"}, 4)
+    assert cache.missing() == [0, 1, 2, 3]
+    cache.add([3, 1], [-1.0, -2.0], [-4.0, -5.0])
+    cache.add([0], [-3.0], [-6.0])  # not on disk when the run is killed here
+    assert cache.missing() == [0, 2]
+    again = ReferenceCache(tmp_path, {"data_set": "a"}, 4)
+    again.add([2], [-3.5], [-6.5])
+    again.add([0], [-3.0], [-6.0])
     assert again.columns() == {
-        "ref_chosen_logps": [-1.0, -2.0, -3.0, -3.5, -3.75],
-        "ref_rejected_logps": [-4.0, -5.0, -6.0, -6.5, -6.75],
+        "ref_chosen_logps": [-3.0, -2.0, -3.5, -1.0],
+        "ref_rejected_logps": [-6.0, -5.0, -6.5, -4.0],
     }
     settings = json.loads((again.folder / "settings.json").read_text())
-    assert settings == {"data_set": "a", "rows": 5, "inputs": {}}
+    assert settings == {"data_set": "a", "rows": 4, "inputs": {}}
+
+
+def test_all_pairs_of_a_question_are_asked_together(task: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(read_rows(folder / "pairs.jsonl"))[:4]
+    mixed = [{**row, "id": f"{row['id']}.{n}", "rejected": f"{n}"} for n in (1, 2, 3) for row in rows]
+    write_rows(folder / "pairs.jsonl", mixed)
+    plain = build(task, folder, share_prefixes=False, ref_logps_dir=str(folder / "plain"))
+    compute, asked = MPOTrainer.compute_ref_log_probs, []
+
+    def counted(trainer: MPOTrainer, model: Any, inputs: Any) -> Any:
+        asked.append((num_pairs(inputs), int((inputs["shift_labels"] != -100).sum())))
+        return compute(trainer, model, inputs)
+
+    monkeypatch.setattr(MPOTrainer, "compute_ref_log_probs", counted)
+    trainer = build(task, folder, precompute_ref_batch_size=2)
+    assert [pairs for pairs, _ in asked] == [3, 3, 3, 3]
+    once = []
+    for question in range(4):  # every token of a response counts once for what stands before it
+        batch = plain.data_collator([plain.train_dataset[row] for row in range(question, 12, 4)])
+        rows_and_masks = zip(batch["input_ids"].tolist(), batch["completion_mask"].tolist(), strict=True)
+        once.append(len({tuple(ids[: i + 1]) for ids, mask in rows_and_masks for i, m in enumerate(mask) if m}))
+    assert [labels for _, labels in asked] == once
+    for name in REF_COLUMNS:
+        assert trainer.train_dataset[name] == pytest.approx(list(plain.train_dataset[name]), abs=1e-4)
 
 
 def test_the_verb_computes_what_training_then_finds(

@@ -57,7 +57,7 @@ class Tiny(NamedTuple):
         return kind.from_pretrained(self.folder)
 
 
-def tiny_models(folder: Path) -> dict[str, Tiny]:
+def save_models(folder: Path) -> dict[str, Tiny]:
     """LLaVA ("vision"), Qwen2 ("text") and Qwen3's mixture of experts ("moe"), in miniature."""
     turn = List({"role": Value("string"), "content": Value("string")})
     features = Features({"images": List(Image()), "prompt": turn, "chosen": turn, "rejected": turn})

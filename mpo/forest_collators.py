@@ -1,0 +1,301 @@
+"""Micro-batches of ordinary preference rows as forests: every shared prefix once, every picture once.
+
+The batches hold what `mpo.forest_inputs` makes a model's inputs of, and what the trainer reads log-probabilities from:
+`places` and `completion_mask`, one row per response, the chosen ones first.
+
+Shapes: B pairs, R rows, L tokens in the longest row, T tokens in the longest response, M trees, F tokens in the
+longest start of a tree (through its last picture).
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Image as ImageFeature
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
+from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
+
+from mpo import forest
+from mpo.overlong import check_batch
+from mpo.scores import REF_COLUMNS
+
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_FOR_TEXT = {"input_ids", "attention_mask", *_TYPES}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt with its pictures, as the processor makes tokens of it."""
+
+    ids: list[int]
+    types: dict[str, list[int]]  # of `_TYPES`, those that the family has
+
+
+@dataclass
+class TextForestCollator:
+    """Rows that TRL has tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`) as a forest.
+
+    Attributes:
+        pad_token_id: Fills rows up.
+        max_length: Where sequences are cut; None: nowhere.
+        truncation_mode: Which end of a sequence stays, as in TRL.
+        max_forest_tokens: How long a row of trees may be; None: as long as the largest tree.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    max_forest_tokens: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collates B rows."""
+        sequences = [
+            forest.Sequence((), *self._cut(row["prompt_ids"], row[name]))
+            for name in ("chosen_ids", "rejected_ids")
+            for row in examples
+        ]
+        _check_cut(sequences, self.max_length, None)
+        laid_out = forest.build_forest(sequences, pad_id=self.pad_token_id, max_tokens=self.max_forest_tokens)
+        return _batch(laid_out, sequences) | _references(examples)
+
+    def _cut(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
+        if self.max_length is None:
+            return prompt, response
+        if self.truncation_mode == "keep_start":
+            return prompt[: self.max_length], response[: max(0, self.max_length - len(prompt))]
+        left_out = max(0, len(prompt) + len(response) - self.max_length)
+        return prompt[left_out:], response[max(0, left_out - len(prompt)) :]
+
+
+@dataclass
+class ForestCollator:
+    """Rows as `trl`'s vision collator takes them, as a forest; they may have the columns of `REF_COLUMNS`.
+
+    Pictures are told apart by what they show and not by where they lie, and rows may hold them as `datasets` stores
+    them (`{"bytes", "path"}`), so that a picture of many rows is decoded and processed once.
+
+    Attributes:
+        processor: Of the model.
+        max_length: Where sequences are cut; None: nowhere. A cut through pictures or a whole response is an error.
+        max_forest_tokens: How long a row of trees may be; None: as long as the largest tree.
+        image_token_id: Of the token that stands for a piece of a picture (`model.config.image_token_id`).
+        stand_in: A picture of the data set: a batch without any gets a tree with it that counts nowhere, which ranks
+            that share one sharded model need to run the same modules. None: no tree is added.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None = None
+    max_forest_tokens: int | None = None
+    image_token_id: int | None = None
+    stand_in: Image | None = None
+    decoder: ImageFeature = field(default_factory=lambda: ImageFeature(mode="RGB"))
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collates B rows."""
+        pictures = _Pictures(self.decoder)
+        keys = [pictures.keys_of(row) for row in examples]
+        if self.stand_in is not None and not any(keys):
+            return self._with_stand_in(examples)
+        texts = [_rendered(row, len(key), self.processor) for row, key in zip(examples, keys, strict=True)]
+        prompts, given = self._prompts([text["prompt"] for text in texts], keys, pictures)
+        responses = self._responses([text[name] for name in ("chosen", "rejected") for text in texts])
+        sequences = []
+        for key, prompt, response in zip(keys * 2, prompts * 2, responses, strict=True):
+            kept = response if self.max_length is None else response[: max(0, self.max_length - len(prompt.ids))]
+            sequences.append(forest.Sequence(key, prompt.ids, kept, self._num_fixed(prompt.ids) if key else 0))
+        _check_cut(sequences, self.max_length, self.image_token_id)
+        pad_id = self.processor.tokenizer.pad_token_id
+        laid_out = forest.build_forest(sequences, pad_id=pad_id, max_tokens=self.max_forest_tokens)
+        batch = _batch(laid_out, sequences) | _references(examples) | _types(laid_out, sequences, prompts * 2)
+        if any(keys):
+            batch |= _joined([given[sequences[root].images] for root in laid_out.roots if sequences[root].images])
+            batch |= _roots(laid_out, sequences, prompts * 2)
+        return batch
+
+    def _with_stand_in(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        row = {name: [{"role": role, "content": "."}] for name, role in _ROLES.items()}
+        column = {"image": self.stand_in} if "image" in examples[0] else {"images": [self.stand_in]}
+        batch = self([*examples, {**row, **column, **dict.fromkeys(REF_COLUMNS, 0.0)}])
+        size = len(examples)
+        for name in ("completion_mask", "places", "lengths", *REF_COLUMNS):
+            if name in batch and name not in REF_COLUMNS:
+                batch[name] = torch.cat([batch[name][:size], batch[name][size + 1 : -1]])
+            elif name in examples[0]:
+                batch[name] = batch[name][:size]
+            else:
+                batch.pop(name, None)
+        return batch
+
+    def _prompts(
+        self, texts: Sequence[str], keys: Sequence[tuple[str, ...]], pictures: "_Pictures"
+    ) -> tuple[list[_Prompt], dict[tuple[str, ...], dict[str, Tensor]]]:
+        """Each distinct prompt once, and what the processor gives the model of each distinct set of pictures."""
+        known: dict[Any, _Prompt] = {}
+        given: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        for text, key in zip(texts, keys, strict=True):
+            if (text, key) not in known:
+                found = self._process(text, [pictures.picture(name) for name in key])
+                types = {name: found[name][0].tolist() for name in _TYPES if name in found}
+                known[text, key] = _Prompt(found["input_ids"][0].tolist(), types)
+                given.setdefault(key, {name: value for name, value in found.items() if name not in _FOR_TEXT})
+        return [known[text, key] for text, key in zip(texts, keys, strict=True)], given
+
+    def _process(self, text: str, images: list[Image]) -> Any:
+        return self.processor(
+            images=[images] if images else None, text=[text], add_special_tokens=False, return_tensors="pt"
+        )
+
+    def _responses(self, texts: Sequence[str]) -> list[list[int]]:
+        distinct = list(dict.fromkeys(texts))
+        ids = self.processor.tokenizer(distinct, add_special_tokens=False)["input_ids"]
+        known = dict(zip(distinct, ids, strict=True))
+        return [known[text] for text in texts]
+
+    def _num_fixed(self, ids: list[int]) -> int:
+        """Tokens through the last one of a picture, or of anything: without its id nothing may be told apart."""
+        if self.image_token_id is None:
+            return len(ids) - 1
+        return int(np.flatnonzero(np.asarray(ids) == self.image_token_id)[-1]) + 1
+
+
+_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
+class _Pictures:
+    """The pictures of a batch, by what they show."""
+
+    def __init__(self, decoder: ImageFeature) -> None:
+        self._decoder = decoder
+        self._by_key: dict[str, Image] = {}
+        self._by_place: dict[Any, str] = {}
+
+    def keys_of(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """What the pictures of a row show, in their order."""
+        found = row.get("images") if row.get("image") is None else [row["image"]]
+        return tuple(self._key(picture) for picture in found or [])
+
+    def picture(self, key: str) -> Image:
+        """The picture itself."""
+        return self._by_key[key]
+
+    def _key(self, picture: Any) -> str:
+        stored = isinstance(picture, (dict, str))
+        place = _place(picture) if stored else id(picture)
+        if place not in self._by_place:
+            image = self._decoder.decode_example(_stored(picture)) if stored else picture
+            content = f"{image.mode} {image.size}".encode() + image.tobytes()
+            key = hashlib.blake2b(content, digest_size=16).hexdigest()
+            self._by_place[place] = key
+            self._by_key.setdefault(key, image)
+        return self._by_place[place]
+
+
+def _stored(picture: Any) -> dict[str, Any]:
+    return {"path": picture, "bytes": None} if isinstance(picture, str) else picture
+
+
+def _place(picture: Any) -> Any:
+    stored = _stored(picture)
+    return stored["path"] if stored.get("bytes") is None else hashlib.blake2b(stored["bytes"]).digest()
+
+
+def _rendered(row: dict[str, Any], num_pictures: int, processor: ProcessorMixin) -> dict[str, str]:
+    """Prompt and responses as the texts that TRL's collator makes of them."""
+    texts = {name: row[name] for name in _ROLES}
+    if not is_conversational(texts):
+        return texts
+    messages = {name: prepare_multimodal_messages(turns) for name, turns in texts.items() if name != "prompt"}
+    messages["prompt"] = prepare_multimodal_messages(texts["prompt"], images=[None] * num_pictures)
+    return apply_chat_template(messages | {"chat_template_kwargs": row.get("chat_template_kwargs") or {}}, processor)
+
+
+def _check_cut(sequences: Sequence[forest.Sequence], max_length: int | None, image_token_id: int | None) -> None:
+    """Refuses a cut through pictures or a whole response; what is left of the responses is cut already."""
+    if all(sequence.response for sequence in sequences) and (
+        max_length is None or all(len(sequence.prompt) < max_length for sequence in sequences)
+    ):
+        return
+    ids = [torch.tensor([*sequence.prompt, *sequence.response]) for sequence in sequences]
+    masks = [torch.tensor([0] * len(s.prompt) + [1] * len(s.response)) for s in sequences]
+    check_batch(
+        pad_sequence(ids, batch_first=True),
+        pad_sequence(masks, batch_first=True),
+        max_length=max_length,
+        image_token_id=image_token_id,
+    )
+
+
+def _batch(laid_out: forest.Forest, sequences: Sequence[forest.Sequence]) -> dict[str, Tensor]:
+    """What every forest has; `completion_mask` first and with a column in front, as in a batch of plain rows."""
+    tree_starts = laid_out.is_token & (laid_out.positions == 0)
+    return {
+        "completion_mask": torch.nn.functional.pad(laid_out.mask.long(), (1, 0)),  # (2B, 1 + T)
+        "places": laid_out.places,  # (2B, T)
+        "lengths": torch.tensor([len(s.prompt) + len(s.response) for s in sequences]),  # (2B,)
+        "input_ids": laid_out.input_ids,  # (R, L), as the next four
+        "positions": laid_out.positions,
+        "last": laid_out.last,
+        "shift_labels": laid_out.shift_labels,
+        "tree": (tree_starts.flatten().cumsum(0).view_as(tree_starts) - 1).clamp(min=0),
+    }
+
+
+def _references(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    given = [name for name in REF_COLUMNS if name in examples[0]]
+    return {name: torch.tensor([row[name] for row in examples], dtype=torch.float32) for name in given}
+
+
+def _types(
+    laid_out: forest.Forest, sequences: Sequence[forest.Sequence], prompts: Sequence[_Prompt]
+) -> dict[str, Tensor]:
+    """Token types, (R, L): those of prompts, and 0 in responses and padding."""
+    batch = {}
+    for name in {name: None for prompt in prompts for name in prompt.types}:
+        rows = [
+            torch.tensor(prompt.types.get(name, [0] * len(prompt.ids)) + [0] * len(sequence.response))
+            for prompt, sequence in zip(prompts, sequences, strict=True)
+        ]
+        table = pad_sequence(rows, batch_first=True)  # (2B, prompt + response)
+        batch[name] = table[laid_out.source[..., 0], laid_out.source[..., 1]] * laid_out.is_token
+    return batch
+
+
+def _roots(
+    laid_out: forest.Forest, sequences: Sequence[forest.Sequence], prompts: Sequence[_Prompt]
+) -> dict[str, Tensor]:
+    """The start of each tree through its last picture, (M, F), for families whose positions depend on pictures."""
+    if not any("mm_token_type_ids" in prompt.types for prompt in prompts):
+        return {}
+    starts = [(prompts[root], sequences[root].num_fixed) for root in laid_out.roots]
+    columns = {
+        "root_ids": [prompt.ids[:fixed] for prompt, fixed in starts],
+        "root_mask": [[1] * fixed for _, fixed in starts],
+        "root_mm_token_type_ids": [
+            prompt.types["mm_token_type_ids"][:fixed] if fixed else [] for prompt, fixed in starts
+        ],
+    }
+    return {
+        name: pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+        for name, rows in columns.items()
+    }
+
+
+def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the processor gave for each tree, one after the other; unequal sides are filled up with zeros."""
+    parts = list(parts)
+    return {name: _filled_up([part[name] for part in parts]) for name in parts[0]}
+
+
+def _filled_up(tensors: list[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        missing = [(0, size - own) for size, own in zip(shape, tensor.shape[1:], strict=True)]
+        filled.append(torch.nn.functional.pad(tensor, [side for pair in reversed(missing) for side in pair]))
+    return torch.cat(filled)

@@ -1,0 +1,100 @@
+"""Lets a trainer compute what the sequences of a micro-batch share once: `share_prefixes` and `group_by_question`."""
+
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List
+
+from mpo.collators import first_picture, shards_the_model
+from mpo.forest_collators import ForestCollator, TextForestCollator
+from mpo.forest_inputs import why_not
+from mpo.groups import GroupedSampler, question_keys
+from mpo.models import base_of
+
+
+class SharesPrefixes:
+    """For `trl.DPOTrainer`: forests for batches where the model can take them, plain rows where it cannot.
+
+    Attributes:
+        shares_prefixes: Whether batches are forests.
+    """
+
+    shares_prefixes = False
+
+    def _plant_forests(self, own_collator: bool) -> None:
+        """Puts a collator of forests in the place of TRL's; says so where it cannot.
+
+        Args:
+            own_collator: Whether the user gave a collator, which then stays.
+        """
+        if not self.args.share_prefixes:
+            return
+        reason = "the collator is not ours" if own_collator else self._why_plain()
+        if reason is not None:
+            self._note(f"Prefixes are not shared: {reason}. Rows are computed one by one, with the same numbers.")
+            return
+        self.shares_prefixes = True
+        if self._has_pictures:
+            self.data_collator = ForestCollator(
+                processor=self.processing_class,
+                max_length=self.args.max_length,
+                max_forest_tokens=self.args.max_forest_tokens,
+                image_token_id=base_of(self.model).config.image_token_id,
+                stand_in=first_picture(self.train_dataset) if shards_the_model(self.args) else None,
+                decoder=_picture_feature(self.train_dataset) or Image(mode="RGB"),
+            )
+            self.train_dataset = undecoded(self.train_dataset)
+        else:
+            self.data_collator = TextForestCollator(
+                pad_token_id=self._tokenizer.pad_token_id,
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                max_forest_tokens=self.args.max_forest_tokens,
+            )
+
+    def _why_plain(self) -> str | None:
+        if self.compute_metrics is not None:
+            return "`compute_metrics` gets the logits of whole rows"
+        if self.args.pad_to_multiple_of is not None:
+            return "`pad_to_multiple_of` pads rows, and a forest has none"
+        if self.aux_loss_enabled:
+            return "the load-balancing loss counts tokens row by row"
+        if is_peft_model(self.model) and any(c.is_prompt_learning for c in self.model.peft_config.values()):
+            return "prompt-learning adapters put virtual tokens in front of rows"
+        return why_not(base_of(self.model))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Transformers' seam for the order of rows."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_question:
+            return super()._get_train_sampler(train_dataset)
+        if isinstance(dataset, IterableDataset):
+            raise ValueError("`group_by_question` needs a data set that can be looked through, and this is a stream.")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        size = self.args.per_device_train_batch_size
+        return GroupedSampler(question_keys(dataset), size, seed, lambda: int(self.state.epoch or 0))
+
+
+def undecoded(dataset: Any) -> Any:
+    """The same rows with pictures as `datasets` stores them, so that one of many rows is decoded once."""
+    names = [name for name in ("image", "images") if name in (dataset.column_names or [])]
+    if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
+        return dataset
+    features = Features(dataset.features)
+    for name in names:
+        if isinstance(features[name], Image):
+            features[name] = Image(decode=False)
+        elif isinstance(features[name], List) and isinstance(features[name].feature, Image):
+            features[name] = List(Image(decode=False))
+    return Dataset(
+        dataset.data.cast(features.arrow_schema),
+        info=DatasetInfo(features=features),
+        indices_table=dataset._indices,
+        fingerprint=dataset._fingerprint,
+    )
+
+
+def _picture_feature(dataset: Any) -> Image | None:
+    found = [feature for name, feature in (dataset.features or {}).items() if name in ("image", "images")]
+    found = [getattr(feature, "feature", feature) for feature in found]
+    return next((feature for feature in found if isinstance(feature, Image)), None)

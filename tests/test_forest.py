@@ -1,0 +1,341 @@
+"""The forest against a written-out example, an independent trie, and separate forwards of a small attention model."""
+
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpo.forest import Forest, Sequence, build_forest, sequences_of, visible
+
+PAD = 99
+SEEDS = range(48)
+
+
+class Picture(NamedTuple):
+    """Equal by name, with a hash of our choice: what another PYTHONHASHSEED does to a file name."""
+
+    name: str
+    seed: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.seed))
+
+
+def random_sequences(seed: int) -> list[Sequence]:
+    """Few tokens, so that much is shared: nested branches, duplicates, prefixes, prompts and pictures that differ."""
+    rng = random.Random(seed)
+    alphabet = rng.choice([1, 2, 3])
+    num_fixed = rng.choice([0, 0, 2, 3])
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(alphabet) for _ in range(rng.randint(low, high))]
+
+    sequences: list[Sequence] = []
+    for _ in range(rng.randint(1, 16)):
+        images = rng.choice([(), ("a.png",), ("b.png",)]) if num_fixed else ()
+        prompt = [7] * num_fixed + tokens(0 if num_fixed else 1, 4)
+        sequences.append(Sequence(images, prompt, tokens(1, 6), num_fixed))
+        if rng.random() < 0.3:  # the same tokens, with the border between prompt and response elsewhere
+            known = rng.choice(sequences)
+            both = known.prompt + known.response
+            border = rng.randint(max(1, known.num_fixed), len(both) - 1)
+            sequences.append(known._replace(prompt=both[:border], response=both[border:]))
+    return sequences
+
+
+def budget(seed: int) -> int | None:
+    return [None, 1, 5, 8, 12, 20, 40, 1000][seed % 8]
+
+
+def test_a_small_forest_written_out() -> None:
+    prompt = [10, 11]
+    sequences = [
+        Sequence((), prompt, [20, 21, 22]),
+        Sequence((), prompt, [20, 31]),
+        Sequence((), prompt, [40]),
+        Sequence((), [12], [50]),
+        Sequence((), prompt, [20, 31]),
+    ]
+    forest = build_forest(sequences, pad_id=PAD)
+    x = -100
+    # row 0: the prompt; the first response; 20 again, for 31; 11 again, for 40. Row 1: the other prompt, and padding
+    assert forest.input_ids.tolist() == [
+        [10, 11, 20, 21, 22, 20, 31, 11, 40],
+        [12, 50, PAD, PAD, PAD, PAD, PAD, PAD, PAD],
+    ]
+    # a copy stands where its original does
+    assert forest.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 1, 2], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
+    # 10 is seen by all; 11 by all but its copy and what follows that; 20 by 21 and 22 only; padding by itself
+    assert forest.last.tolist() == [[8, 6, 4, 4, 4, 6, 6, 8, 8], [1, 1, 2, 3, 4, 5, 6, 7, 8]]
+    # nothing scores a prompt, or follows the end of a response
+    assert forest.shift_labels.tolist() == [[x, 20, 21, 22, x, 31, x, 40, x], [50, x, x, x, x, x, x, x, x]]
+    # 20 is scored once, at the slot of 11, for three sequences; row 1 starts at 9
+    assert forest.places.tolist() == [[1, 2, 3], [1, 5, 0], [7, 0, 0], [9, 0, 0], [1, 5, 0]]
+    assert forest.mask.int().tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert forest.source.tolist() == [
+        [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [1, 2], [1, 3], [2, 1], [2, 2]],
+        [[3, 0], [3, 1], *[[0, 0]] * 7],
+    ]
+    assert forest.is_token.int().tolist() == [[1] * 9, [1, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert forest.roots == [0, 3]
+    assert sequences_of(forest) == [sequence.prompt + sequence.response for sequence in sequences]
+
+
+def test_the_mask_of_one_branch_written_out() -> None:
+    forest = build_forest([Sequence((), [1, 2], [3]), Sequence((), [1, 2], [4])], pad_id=PAD)
+    assert forest.input_ids.tolist() == [[1, 2, 3, 2, 4]]
+    assert visible(forest.last).int().tolist() == [
+        [
+            [1, 0, 0, 0, 0],  # 1 sees itself
+            [1, 1, 0, 0, 0],  # 2 sees 1
+            [1, 1, 1, 0, 0],  # 3 sees 1 2
+            [1, 0, 0, 1, 0],  # the copy of 2 sees 1, and not the original
+            [1, 0, 0, 1, 1],  # 4 sees 1 and the copy
+        ]
+    ]
+
+
+def test_prompts_that_differ_branch_without_a_copy() -> None:
+    forest = build_forest(
+        [Sequence((), [1, 2], [3]), Sequence((), [1, 4], [3]), Sequence((), [1, 5], [6])], pad_id=PAD
+    )
+    assert forest.input_ids.tolist() == [[1, 2, 3, 4, 3, 5, 6]]
+    assert forest.last.tolist() == [[6, 2, 2, 4, 4, 6, 6]]
+    assert forest.shift_labels.tolist() == [[-100, 3, -100, 3, -100, 6, -100]]
+
+
+def test_a_prompt_beside_responses_comes_before_their_copies() -> None:
+    longer_prompt = Sequence((), [1, 9], [2])
+    forest = build_forest([Sequence((), [1], [2]), Sequence((), [1], [3]), longer_prompt], pad_id=PAD)
+    assert forest.input_ids.tolist() == [[1, 9, 2, 2, 1, 3]]
+    assert forest.last.tolist() == [[3, 2, 2, 3, 5, 5]]  # the original of 1 is seen by 9 2 and by the first response
+    assert forest.shift_labels.tolist() == [[2, 2, -100, -100, 3, -100]]
+
+
+def test_a_token_that_is_prompt_here_and_response_there_is_shared() -> None:
+    forest = build_forest([Sequence((), [1, 2], [3]), Sequence((), [1], [2, 3])], pad_id=PAD)
+    assert forest.input_ids.tolist() == [[1, 2, 3]]
+    assert forest.shift_labels.tolist() == [[2, 3, -100]]
+    assert forest.places.tolist() == [[1, 0], [0, 1]]
+
+
+def test_a_response_that_another_one_continues_takes_no_slot() -> None:
+    forest = build_forest(
+        [Sequence((), [1], [2, 3, 4]), Sequence((), [1], [2]), Sequence((), [1], [2, 3])], pad_id=PAD
+    )
+    assert forest.input_ids.tolist() == [[1, 2, 3, 4]]
+    assert forest.mask.sum(dim=1).tolist() == [3, 1, 2]
+
+
+def test_pictures_part_equal_tokens() -> None:
+    sequences = [Sequence(images, [7, 7, 1], [2], 2) for images in ("cat", "dog", "cat", "bird")]
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=8)
+    assert forest.input_ids.tolist() == [[7, 7, 1, 2, 7, 7, 1, 2], [7, 7, 1, 2, PAD, PAD, PAD, PAD]]
+    assert forest.roots == [0, 1, 3]
+    assert forest.last.tolist() == [[3, 3, 3, 3, 7, 7, 7, 7], [3, 3, 3, 3, 4, 5, 6, 7]]
+
+
+def test_no_image_token_is_a_branching_token() -> None:
+    """The first token after the pictures differs: a branch there would copy an image token, so these are two trees."""
+    forest = build_forest([Sequence("cat", [7, 7], [1], 2), Sequence("cat", [7, 7], [2], 2)], pad_id=PAD)
+    assert forest.input_ids.tolist() == [[7, 7, 1], [7, 7, 2]]
+    assert forest.roots == [0, 1]
+
+
+def test_a_tree_above_max_tokens_is_split_with_its_pictures_again() -> None:
+    sequences = [Sequence("cat", [7, 1], [token], 1) for token in (2, 3, 4, 2)]
+    whole = build_forest(sequences, pad_id=PAD, max_tokens=7)
+    assert whole.input_ids.tolist() == [[7, 1, 2, 1, 3, 1, 4]]
+    parts = build_forest(sequences, pad_id=PAD, max_tokens=6)
+    assert parts.input_ids.tolist() == [[7, 1, 2, 1, 3], [7, 1, 4, PAD, PAD]]
+    assert parts.roots == [0, 2]
+    assert sequences_of(parts) == [[7, 1, 2], [7, 1, 3], [7, 1, 4], [7, 1, 2]]
+
+
+def test_a_sequence_above_max_tokens_makes_the_rows_as_long_as_itself() -> None:
+    sequences = [Sequence((), [1], [2, 3, 4, 5]), Sequence((), [6], [7]), Sequence((), [1], [2, 3, 4, 5])]
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=3)
+    assert forest.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, PAD, PAD, PAD]]
+
+
+def test_small_trees_fill_the_rows_that_large_ones_leave() -> None:
+    sequences = [Sequence((), [first] * length, [0]) for first, length in ((1, 1), (2, 4), (3, 2), (4, 3))]
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=7)
+    assert forest.input_ids.tolist() == [[2, 2, 2, 2, 0, 1, 0], [4, 4, 4, 0, 3, 3, 0]]
+    assert forest.roots == [1, 0, 3, 2]
+
+
+def test_a_prompt_without_a_token_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"prompt of sequence 1 has no token.*start it with one \(BOS\)"):
+        build_forest([Sequence((), [1], [2]), Sequence((), [], [2])], pad_id=PAD)
+
+
+def test_a_response_without_a_token_has_no_places() -> None:
+    forest = build_forest([Sequence((), [1, 2], []), Sequence((), [1], [3])], pad_id=PAD)
+    assert forest.mask.tolist() == [[False], [True]]
+    assert sequences_of(forest) == [[], [1, 3]]
+
+
+def test_no_sequences_make_an_empty_forest() -> None:
+    forest = build_forest([], pad_id=PAD)
+    assert (forest.input_ids.shape, forest.places.shape, forest.roots) == ((0, 0), (0, 0), [])
+
+
+def test_the_layout_does_not_depend_on_hash_seeds() -> None:
+    def layout(seed: int) -> list:
+        pictures = [Picture(name, seed) for name in "abcdefg"]
+        sequences = [Sequence(pictures[i % 7], [9, i % 3], [i % 5, i % 2], 1) for i in range(30)]
+        forest = build_forest(sequences, pad_id=PAD, max_tokens=12)
+        return [value.tolist() if isinstance(value, Tensor) else value for value in forest]
+
+    assert layout(seed=1) == layout(seed=2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_sequence_comes_back(seed: int) -> None:
+    sequences = random_sequences(seed)
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=budget(seed))
+    assert sequences_of(forest) == [sequence.prompt + sequence.response for sequence in sequences]
+    assert forest.mask.sum(dim=1).tolist() == [len(sequence.response) for sequence in sequences]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_each_slot_sees_its_own_path_once(seed: int) -> None:
+    """The path is known from `source`: the tokens of that sequence to that index, each depth once."""
+    sequences = random_sequences(seed)
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=budget(seed))
+    mask = visible(forest.last)
+    for row, slot in (~forest.is_token).nonzero().tolist():
+        assert mask[row, slot].nonzero().flatten().tolist() == [slot]
+        assert forest.input_ids[row, slot] == PAD
+    for row, slot in forest.is_token.nonzero().tolist():
+        index, depth = forest.source[row, slot].tolist()
+        sequence = sequences[index]
+        seen = mask[row, slot].nonzero().flatten()
+        assert forest.input_ids[row, seen].tolist() == (sequence.prompt + sequence.response)[: depth + 1]
+        assert forest.positions[row, seen].tolist() == list(range(depth + 1))
+        assert {sequences[other].images for other in forest.source[row, seen, 0].tolist()} == {sequence.images}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_each_response_token_is_scored_where_its_prefix_is_seen(seed: int) -> None:
+    sequences = random_sequences(seed)
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=budget(seed))
+    labels, used = forest.shift_labels.flatten(), set()
+    seen, num_slots = visible(forest.last), forest.last.shape[1]
+    for n, (_, prompt, response, _) in enumerate(sequences):
+        places = forest.places[n, forest.mask[n]].tolist()
+        assert labels[places].tolist() == response
+        used.update(places)
+        for i, place in enumerate(places):
+            row, slot = divmod(place, num_slots)
+            assert forest.input_ids[row, seen[row, slot]].tolist() == prompt + response[:i]
+    assert used == set((labels != -100).nonzero().flatten().tolist())
+    assert forest.places[~forest.mask].sum() == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_each_token_of_a_trie_stands_there_once_beside_its_copies(seed: int) -> None:
+    sequences = random_sequences(seed)
+    forest = build_forest(sequences, pad_id=PAD)
+    nodes, to_score = set(), {}
+    for images, prompt, response, num_fixed in sequences:
+        tokens = tuple(prompt + response)
+        tree = (images, tokens[: num_fixed + 1])
+        for i in range(len(tokens)):
+            nodes.add((tree, tokens[: i + 1]))
+            if i >= len(prompt):
+                to_score.setdefault((tree, tokens[:i]), set()).add(tokens[i])
+    num_copies = sum(len(labels) - 1 for labels in to_score.values())
+    assert forest.is_token.sum() == len(nodes) + num_copies
+    trees = {tree for tree, _ in nodes}
+    assert len(forest.roots) == len(trees)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_hold_max_tokens_or_one_sequence(seed: int) -> None:
+    sequences, max_tokens = random_sequences(seed), budget(seed)
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=max_tokens)
+    if max_tokens is not None:
+        longest = max(len(sequence.prompt + sequence.response) for sequence in sequences)
+        assert forest.input_ids.shape[1] <= max(max_tokens, longest)
+    assert forest.is_token.any(dim=0).all(), "no column is padding only"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_roots_follow_the_layout(seed: int) -> None:
+    """Pictures are given in the order of `roots`, and the model puts them where it meets their tokens, row by row."""
+    sequences = [sequence for sequence in random_sequences(seed) if sequence.num_fixed]
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=budget(seed))
+    is_first_image_token = forest.is_token & (forest.positions == 0)
+    owners = forest.source[is_first_image_token][:, 0].tolist()
+    assert [sequences[i].images for i in owners] == [sequences[i].images for i in forest.roots]
+
+
+class Attention(torch.nn.Module):
+    """Two layers of causal attention over tokens, positions and pictures, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = torch.nn.Embedding(PAD + 1, 8)
+        self.positions = torch.nn.Embedding(32, 8)
+        self.pictures = torch.nn.Embedding(3, 8)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 24) for _ in range(2))
+        self.double()
+
+    def forward(self, input_ids: Tensor, positions: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
+        """(R, L) three times and (R, L, L) -> log-probabilities, (R, L, vocabulary)."""
+        hidden = self.tokens(input_ids) + self.positions(positions) + self.pictures(pictures)
+        for layer in self.layers:
+            queries, keys, values = layer(hidden).chunk(3, dim=-1)
+            hidden = hidden + F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).tanh()
+        return (hidden @ self.tokens.weight.T).log_softmax(dim=-1)
+
+
+def picture_ids(sequences: list[Sequence]) -> list[list[int]]:
+    """For each token of each sequence, which picture it shows; 0 for text."""
+    names = {(): 0, ("a.png",): 1, ("b.png",): 2}
+    return [[names[s.images]] * s.num_fixed + [0] * (len(s.prompt + s.response) - s.num_fixed) for s in sequences]
+
+
+def forest_logps(model: Attention, sequences: list[Sequence], forest: Forest) -> Tensor:
+    """(N, T), 0 where there is no token."""
+    pictures = picture_ids(sequences)
+    shown = torch.tensor([[pictures[n][i] for n, i in row] for row in forest.source.tolist()])
+    logps = model(forest.input_ids, forest.positions, shown, visible(forest.last))
+    scored = logps.gather(2, forest.shift_labels.clamp(min=0)[..., None]).flatten()
+    return scored[forest.places].masked_fill(~forest.mask, 0.0)
+
+
+def separate_logps(model: Attention, sequences: list[Sequence], num_labels: int) -> Tensor:
+    """The same, one forward for each sequence."""
+    rows = []
+    for sequence, pictures in zip(sequences, picture_ids(sequences), strict=True):
+        ids = torch.tensor([sequence.prompt + sequence.response])
+        causal = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        logps = model(ids, torch.arange(ids.shape[1])[None], torch.tensor([pictures]), causal)[0, :-1]
+        scored = logps.gather(1, ids[0, 1:, None]).flatten()[len(sequence.prompt) - 1 :]
+        rows.append(F.pad(scored, (0, num_labels - len(scored))))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_model_gives_the_forest_the_log_probs_and_gradients_of_separate_forwards(seed: int) -> None:
+    sequences = random_sequences(seed)
+    forest = build_forest(sequences, pad_id=PAD, max_tokens=budget(seed))
+    model = Attention()
+    shared = forest_logps(model, sequences, forest)
+    separate = separate_logps(model, sequences, forest.mask.shape[1])
+    torch.testing.assert_close(shared, separate, rtol=0, atol=1e-10)
+    weights = torch.rand(shared.shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad((weights * shared).sum(), parameters)
+    expected = torch.autograd.grad((weights * separate).sum(), parameters)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-9)
