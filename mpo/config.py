@@ -120,6 +120,10 @@ class MPOConfig(DPOConfig):
         if not self.sync_ref_model:
             self._refuse("ref_model_mixup_alpha", 0.6, "without `sync_ref_model=True` the reference never moves")
             self._refuse("ref_model_sync_steps", 512, "without `sync_ref_model=True` the reference never moves")
+        if not self.share_prefixes:
+            self._refuse("max_forest_tokens", None, "without `share_prefixes` rows hold no trees")
+        if self.group_by_question:
+            self._refuse("train_sampling_strategy", "random", "`group_by_question` has an order of its own")
         if self.use_liger and self.use_cpu:
             raise ValueError("`use_liger` needs a GPU, and `use_cpu` is set: Triton kernels do not run on a CPU.")
         super().__post_init__()
@@ -160,7 +164,7 @@ class MPOConfig(DPOConfig):
     def _refuse(self, name: str, default: object, reason: str) -> None:
         value = getattr(self, name)
         if value != default:
-            raise ValueError(f"`{name}={value!r}` does not work with MPO: {reason}. Leave it at {default!r}.")
+            raise ValueError(f"`{name}={value!r}` cannot be used here: {reason}. Leave it at {default!r}.")
 
     @property
     def term_weights(self) -> tuple[float, float, float]:

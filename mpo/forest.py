@@ -62,7 +62,7 @@ class _Trie(NamedTuple):
     members: list[int]  # which sequences these are
     tokens: list[np.ndarray]  # their prompt + response
     starts: list[int]  # where their responses start
-    shared: list[int]  # how many tokens each has in common with the one before it
+    shared: list[int]  # how many tokens each has in common with the one before it; of the first, any number
 
 
 class _Segment(NamedTuple):
@@ -177,7 +177,7 @@ def _plant(sequences: list[Sequence]) -> list[_Trie]:
         groups.setdefault(key, []).append(index)
     tries = []
     for group in groups.values():
-        members = sorted(group, key=lambda index: tokens[index].astype(">i8").tobytes())  # bytes compare as numbers do
+        members = sorted(group, key=lambda index: tokens[index].tobytes())  # any order that joins prefixes will do
         paths = [tokens[index] for index in members]
         starts = [len(sequences[index].prompt) for index in members]
         tries.append(_Trie(members, paths, starts, [0, *(_num_shared(a, b) for a, b in pairwise(paths))]))
@@ -197,7 +197,7 @@ def _split(trie: _Trie, max_tokens: int | None) -> list[_Trie]:
         return [trie]
     parts, first = [], 0
     while first < len(trie.members):
-        limit = max(max_tokens, len(trie.tokens[first]))  # sequences equal to one that is too long stay with it
+        limit = max(max_tokens, len(trie.tokens[first]))  # one that is too long, and its equals, stay together
         stops = range(first + 1, len(trie.members) + 1)
         stop = first + bisect_right(stops, limit, key=lambda stop, first=first: _size(_grow(_part(trie, first, stop))))
         parts.append(_part(trie, first, stop))
@@ -207,8 +207,7 @@ def _split(trie: _Trie, max_tokens: int | None) -> list[_Trie]:
 
 def _part(trie: _Trie, first: int, stop: int) -> _Trie:
     """Some neighbours of a trie, as a trie of their own."""
-    members, tokens, starts, shared = (column[first:stop] for column in trie)
-    return _Trie(members, tokens, starts, [0, *shared[1:]])
+    return _Trie(*(column[first:stop] for column in trie))
 
 
 def _grow(trie: _Trie) -> list[_Segment]:

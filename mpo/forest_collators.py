@@ -35,6 +35,7 @@ class _Prompt:
 
     ids: list[int]
     types: dict[str, list[int]]  # of `_TYPES`, those that the family has
+    pieces: list[str] | None  # what the processor wrote in place of each picture, if it says so
 
 
 @dataclass
@@ -55,22 +56,23 @@ class TextForestCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates B rows."""
-        sequences = [
-            forest.Sequence((), *self._cut(row["prompt_ids"], row[name]))
+        whole = [
+            forest.Sequence((), row["prompt_ids"], row[name])
             for name in ("chosen_ids", "rejected_ids")
             for row in examples
         ]
-        _check_cut(sequences, self.max_length, None)
+        _check_cut(whole, self.max_length if self.truncation_mode == "keep_start" else None, None)
+        sequences = [sequence._replace(**self._cut(sequence.prompt, sequence.response)) for sequence in whole]
         laid_out = forest.build_forest(sequences, pad_id=self.pad_token_id, max_tokens=self.max_forest_tokens)
         return _batch(laid_out, sequences) | _references(examples)
 
-    def _cut(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
+    def _cut(self, prompt: list[int], response: list[int]) -> dict[str, list[int]]:
         if self.max_length is None:
-            return prompt, response
+            return {}
         if self.truncation_mode == "keep_start":
-            return prompt[: self.max_length], response[: max(0, self.max_length - len(prompt))]
+            return {"response": response[: self.max_length - len(prompt)]}
         left_out = max(0, len(prompt) + len(response) - self.max_length)
-        return prompt[left_out:], response[max(0, left_out - len(prompt)) :]
+        return {"prompt": prompt[left_out:], "response": response[max(0, left_out - len(prompt)) :]}
 
 
 @dataclass
@@ -105,11 +107,13 @@ class ForestCollator:
         texts = [_rendered(row, len(key), self.processor) for row, key in zip(examples, keys, strict=True)]
         prompts, given = self._prompts([text["prompt"] for text in texts], keys, pictures)
         responses = self._responses([text[name] for name in ("chosen", "rejected") for text in texts])
-        sequences = []
-        for key, prompt, response in zip(keys * 2, prompts * 2, responses, strict=True):
-            kept = response if self.max_length is None else response[: max(0, self.max_length - len(prompt.ids))]
-            sequences.append(forest.Sequence(key, prompt.ids, kept, self._num_fixed(prompt.ids) if key else 0))
+        sequences = [
+            forest.Sequence(key, prompt.ids, response, self._num_fixed(prompt.ids) if key else 0)
+            for key, prompt, response in zip(keys * 2, prompts * 2, responses, strict=True)
+        ]
         _check_cut(sequences, self.max_length, self.image_token_id)
+        if self.max_length is not None:
+            sequences = [s._replace(response=s.response[: self.max_length - len(s.prompt)]) for s in sequences]
         pad_id = self.processor.tokenizer.pad_token_id
         laid_out = forest.build_forest(sequences, pad_id=pad_id, max_tokens=self.max_forest_tokens)
         batch = _batch(laid_out, sequences) | _references(examples) | _types(laid_out, sequences, prompts * 2)
@@ -137,19 +141,43 @@ class ForestCollator:
     ) -> tuple[list[_Prompt], dict[tuple[str, ...], dict[str, Tensor]]]:
         """Each distinct prompt once, and what the processor gives the model of each distinct set of pictures."""
         known: dict[Any, _Prompt] = {}
+        first: dict[tuple[str, ...], _Prompt] = {}
         given: dict[tuple[str, ...], dict[str, Tensor]] = {}
         for text, key in zip(texts, keys, strict=True):
-            if (text, key) not in known:
-                found = self._process(text, [pictures.picture(name) for name in key])
-                types = {name: found[name][0].tolist() for name in _TYPES if name in found}
-                known[text, key] = _Prompt(found["input_ids"][0].tolist(), types)
-                given.setdefault(key, {name: value for name, value in found.items() if name not in _FOR_TEXT})
+            if (text, key) in known:
+                continue
+            known[text, key] = self._reworded(text, first[key]) if key in first else None
+            if known[text, key] is None:
+                known[text, key], given[key] = self._process(text, [pictures.picture(name) for name in key])
+                first[key] = known[text, key]
         return [known[text, key] for text, key in zip(texts, keys, strict=True)], given
 
-    def _process(self, text: str, images: list[Image]) -> Any:
-        return self.processor(
-            images=[images] if images else None, text=[text], add_special_tokens=False, return_tensors="pt"
+    def _process(self, text: str, images: list[Image]) -> tuple[_Prompt, dict[str, Tensor]]:
+        writes = getattr(type(self.processor), "replace_image_token", ProcessorMixin.replace_image_token)
+        says = bool(images) and writes is not ProcessorMixin.replace_image_token
+        options = {"return_text_replacement_offsets": True} if says else {}
+        found = self.processor(
+            images=[images] if images else None, text=[text], add_special_tokens=False, return_tensors="pt", **options
         )
+        pieces = [piece["replacement"] for piece in found.pop("text_replacement_offsets")[0]] if says else None
+        types = {name: found[name][0].tolist() for name in _TYPES if name in found}
+        given = {name: value for name, value in found.items() if name not in _FOR_TEXT}
+        return _Prompt(found["input_ids"][0].tolist(), types, pieces), given
+
+    def _reworded(self, text: str, like: _Prompt) -> _Prompt | None:
+        """Another prompt with the same pictures, without processing them again; None where that cannot be done."""
+        if like.pieces is None:
+            return None
+        start, *others = text.split(self.processor.image_token)
+        if len(others) != len(like.pieces):
+            return None
+        whole = start + "".join(piece + other for piece, other in zip(like.pieces, others, strict=True))
+        ids = self.processor.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        types = {}
+        for name, values in like.types.items():
+            of_token = {token: value for token, value in zip(like.ids, values, strict=True) if value}
+            types[name] = [of_token.get(token, 0) for token in ids]
+        return _Prompt(ids, types, like.pieces)
 
     def _responses(self, texts: Sequence[str]) -> list[list[int]]:
         distinct = list(dict.fromkeys(texts))
@@ -216,7 +244,7 @@ def _rendered(row: dict[str, Any], num_pictures: int, processor: ProcessorMixin)
 
 
 def _check_cut(sequences: Sequence[forest.Sequence], max_length: int | None, image_token_id: int | None) -> None:
-    """Refuses a cut through pictures or a whole response; what is left of the responses is cut already."""
+    """Refuses what a cut would leave no whole picture or no response of."""
     if all(sequence.response for sequence in sequences) and (
         max_length is None or all(len(sequence.prompt) < max_length for sequence in sequences)
     ):

@@ -21,7 +21,11 @@ from mpo import MPOConfig, MPOTrainer
 
 def scripted_rewards(batch: Any) -> torch.Tensor:
     """Rewards that follow from the responses' tokens alone: whole numbers from -3 to 3, (2B,)."""
-    return ((batch["input_ids"] * batch["completion_mask"]).sum(dim=1) % 7 - 3).float()
+    if "last" in batch:  # a forest
+        tokens = batch["shift_labels"].flatten()[batch["places"]] * batch["completion_mask"][:, 1:]
+    else:
+        tokens = batch["input_ids"] * batch["completion_mask"]
+    return (tokens.sum(dim=1) % 7 - 3).float()
 
 
 class ScriptedTrainer(MPOTrainer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from tiny_runs import Tiny, check_metrics, logged, make_trainer, save_models, train, train_as_trl
+from tiny_runs import ROW_BY_ROW, Tiny, check_metrics, logged, make_trainer, save_models, train, train_as_trl
 from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
@@ -44,7 +44,7 @@ ACTING: list[tuple[str, dict[str, Any]]] = [
     ("moe", {"router_aux_loss_coef": 0.0}),
     ("text", SYNCED),
     ("vision", SYNCED),
-    ("text", {"bf16": True}),
+    ("text", {"bf16": True, **ROW_BY_ROW}),
 ]
 
 
@@ -137,6 +137,8 @@ def test_every_field_of_trls_config_was_thought_of() -> None:
         ({"truncation_mode": "keep_middle"}, r"choose one of \['keep_start', 'keep_end'\]"),
         ({"overlong": "cut"}, r"choose one of \['error', 'drop'\]"),
         ({"sft_reduction": "mean"}, r"choose one of \['sequence', 'token'\]"),
+        ({"max_forest_tokens": 512, "share_prefixes": False}, "rows hold no trees"),
+        ({"group_by_question": True, "train_sampling_strategy": "sequential"}, "an order of its own"),
         ({"use_liger": True}, "needs a GPU"),
         ({"use_liger_kernel": True}, "`use_liger` changes both models"),
         ({"liger_kernel_config": {"rope": False}}, "all kernels"),
@@ -200,7 +202,7 @@ def test_arguments_may_be_given_by_position_as_to_trl(tiny: dict[str, Tiny], tmp
 def test_a_model_may_be_named_and_is_loaded_as_asked(
     tiny: dict[str, Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    settings = {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}}
+    settings = {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}, **ROW_BY_ROW}
     ours = train_as_trl(tiny[kind], tmp_path, settings, model=str(tiny[kind].folder), processing_class=None)
     for model in (ours.model, ours.ref_model):
         assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
@@ -219,7 +221,7 @@ def test_padding_is_as_asked(tiny: dict[str, Tiny], tmp_path: Path) -> None:
     text = train_as_trl(tiny["text"], tmp_path / "text", padded)
     batch = text.data_collator(list(text.train_dataset))
     assert batch["input_ids"].shape == (16, 64)
-    vision = make_trainer(MPOTrainer, tiny["vision"], tmp_path / "vision", {"pad_token": start})
+    vision = make_trainer(MPOTrainer, tiny["vision"], tmp_path / "vision", {"pad_token": start, **ROW_BY_ROW})
     padding = vision.data_collator(list(vision.train_dataset))
     tokenizers = (text.processing_class, vision.processing_class.tokenizer)
     for trainer, found, tokenizer in zip((text, vision), (batch, padding), tokenizers, strict=True):
@@ -233,7 +235,7 @@ def test_padding_is_as_asked(tiny: dict[str, Tiny], tmp_path: Path) -> None:
 @pytest.mark.parametrize("disable", [True, False])
 def test_dropout_is_off_unless_it_is_wanted(tiny: dict[str, Tiny], tmp_path: Path, disable: bool) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
-    trainer = train_as_trl(tiny["text"], tmp_path, {"disable_dropout": disable}, peft_config=lora)
+    trainer = train_as_trl(tiny["text"], tmp_path, {"disable_dropout": disable, **ROW_BY_ROW}, peft_config=lora)
     rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates == ({0.0} if disable else {0.5})
 
@@ -382,7 +384,7 @@ def test_rows_that_max_length_cuts_off_are_an_error_or_listed(
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("vision", "4 image and 81 text tokens"), ("text", "`max_length=70` cuts it off")]
+    ("kind", "message"), [("vision", "4 image and 81 text tokens"), ("text", "0 image and 80 text tokens")]
 )
 def test_a_stream_is_looked_at_batch_by_batch(tiny: dict[str, Tiny], tmp_path: Path, kind: str, message: str) -> None:
     stream = with_long_prompts(tiny[kind].pairs, 4).to_iterable_dataset()
@@ -411,7 +413,7 @@ def test_a_step_that_ran_out_of_memory_leaves_no_rewards_behind(tiny: dict[str, 
     compute, sizes = trainer._compute_loss, []
 
     def run_out_once(model: PreTrainedModel, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        sizes.append(len(inputs["input_ids"]) // 2)
+        sizes.append(len(inputs["completion_mask"]) // 2)
         if len(sizes) == 2:
             raise RuntimeError("CUDA out of memory.")
         return compute(model, inputs, return_outputs)

@@ -248,3 +248,68 @@ def test_the_verb_trains_saves_whole_and_goes_on(task: Path, pairs: Path, tmp_pa
     assert train(config, model, MPOConfig(str(output), **saving)).rows[1] == ["optimizer steps", "3"]
     with pytest.raises(InputError, match="other settings"):
         train(config, model, MPOConfig(str(output), **{**saving, "learning_rate": 5e-4}))
+
+
+@pytest.mark.parametrize("way", ["plain", "accumulated", "checkpointing", "lora", "grouped", "text", "ahead"])
+def test_forest_gives_the_losses_of_separate_rows_for_twenty_steps(
+    task: Path, pairs: Path, tmp_path: Path, way: str
+) -> None:
+    from peft import LoraConfig
+
+    rows = list(read_rows(pairs))[:6]
+    twice = [{**row, "id": f"{row['id']}.{n}", "rejected": f"{n} {row['rejected']}"} for n in "123" for row in rows]
+    write_rows(tmp_path / "pairs.jsonl", twice)
+    dataset = preference_dataset([tmp_path / "pairs.jsonl"], task)
+    dataset = text_only(dataset) if way == "text" else dataset
+    settings = {
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        "checkpointing": {"gradient_checkpointing": True},
+        "grouped": {"group_by_question": True},
+        "ahead": {"precompute_ref_log_probs": True, "ref_logps_dir": str(tmp_path / "reference")},
+    }.get(way, {})
+    lora = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])} if way == "lora" else {}
+    found, logs = [], []
+    for share in (True, False):
+        args = MPOConfig(str(tmp_path), **{**SETTINGS, "max_steps": 20, **settings}, share_prefixes=share)
+        trainer = run(MPOTrainer, args, task, dataset, **lora)
+        assert trainer.shares_prefixes == share
+        found.append(losses(trainer))
+        logs.append(trainer.state.log_history[-2])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    for name in ("rewards/margins", "logps/chosen", "entropy", "mean_token_accuracy", "num_tokens", "reward_shift"):
+        assert logs[0][name] == pytest.approx(logs[1][name], abs=1e-3), name
+
+
+def test_forest_batches_of_one_question_share_it_and_go_on_after_a_stop(
+    task: Path, pairs: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "id": f"{n} {row['id']}", "rejected": str(n)} for n in range(4) for row in list(read_rows(pairs))[:8]
+    ]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    dataset = preference_dataset([tmp_path / "pairs.jsonl"], task)
+    saving = {**SETTINGS, "max_steps": 12, "save_strategy": "steps", "save_steps": 10, "group_by_question": True}
+    whole = run(MPOTrainer, MPOConfig(str(tmp_path / "run"), **saving), task, dataset)
+    sizes = [len({tuple(row["prompt"][0]["content"]) for row in batch}) for batch in batches_of(whole)]
+    assert sizes == [1] * 8
+    args = MPOConfig(str(tmp_path / "again"), **saving)
+    model, processor = load_model(task / "model", dtype="float32"), AutoProcessor.from_pretrained(task / "model")
+    resumed = MPOTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))  # in the second epoch
+    assert losses(resumed)[10:] == pytest.approx(losses(whole)[10:], abs=1e-6)
+
+
+def batches_of(trainer: MPOTrainer) -> list[list[dict[str, Any]]]:
+    """The rows of each micro-batch of an epoch."""
+    trainer.data_collator = list
+    return [list(batch) for batch in trainer.get_train_dataloader()]
+
+
+def test_forest_that_a_model_cannot_take_is_said_once_and_rows_are_computed_one_by_one(
+    task: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.forest_inputs._SHOWN_EXACT", set())
+    trainer = run(MPOTrainer, MPOConfig(str(tmp_path), **SETTINGS), task, preference_dataset([pairs], task))
+    assert not trainer.shares_prefixes
+    (note,) = trainer.notes
+    assert note.startswith("Prefixes are not shared: llava is not among the families")
