@@ -53,6 +53,7 @@ class Forest(NamedTuple):
     mask: Tensor  # (N, T) bool, which of the places are real
     source: Tensor  # (R, L, 2), the sequence, and the index in its prompt + response, that a token was taken from
     is_token: Tensor  # (R, L) bool, False for padding
+    tree: Tensor  # (R, L), which of the roots a slot belongs to; 0 for padding
     roots: list[int]  # one sequence of each trie, row by row: the order in which the model takes the pictures
 
 
@@ -262,14 +263,15 @@ def _bare(num_rows: int, num_slots: int, num_sequences: int, num_labels: int, pa
         mask=torch.zeros(labels, dtype=torch.bool),
         source=torch.zeros((*slots, 2), dtype=torch.long),
         is_token=torch.zeros(slots, dtype=torch.bool),
+        tree=torch.zeros(slots, dtype=torch.long),
         roots=[],
     )
 
 
 def _write(forest: Forest, trie: _Trie, segments: list[_Segment], offset: int, row_offset: int) -> None:
     """Write a trie into the flattened rows from slot `offset` on, in the row that starts at `row_offset`."""
-    columns = (forest.input_ids, forest.positions, forest.last, forest.shift_labels, forest.is_token)
-    input_ids, positions, last, labels, is_token = (column.view(-1).numpy() for column in columns)
+    columns = (forest.input_ids, forest.positions, forest.last, forest.shift_labels, forest.is_token, forest.tree)
+    input_ids, positions, last, labels, is_token, tree = (column.view(-1).numpy() for column in columns)
     source = forest.source.view(-1, 2).numpy()
     places, mask = forest.places.numpy(), forest.mask.numpy()
     bounds = list(accumulate((segment.stop - segment.first for segment in segments), initial=offset))
@@ -280,7 +282,7 @@ def _write(forest: Forest, trie: _Trie, segments: list[_Segment], offset: int, r
         input_ids[start:stop] = tokens[segment.first : segment.stop]
         positions[start:stop] = np.arange(segment.first, segment.stop)
         last[start : stop - 1], last[stop - 1] = whole - row_offset - 1, in_place - row_offset - 1
-        is_token[start:stop] = True
+        is_token[start:stop], tree[start:stop] = True, len(forest.roots) - 1
         source[start:stop, 0], source[start:stop, 1] = trie.members[segment.sequence], positions[start:stop]
         above = paths[segment.parent][: segment.first] if paths else np.arange(0)
         paths.append(np.concatenate([above, np.arange(start, stop)]))

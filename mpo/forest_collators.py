@@ -261,16 +261,15 @@ def _check_cut(sequences: Sequence[forest.Sequence], max_length: int | None, ima
 
 def _batch(laid_out: forest.Forest, sequences: Sequence[forest.Sequence]) -> dict[str, Tensor]:
     """What every forest has; `completion_mask` first and with a column in front, as in a batch of plain rows."""
-    tree_starts = laid_out.is_token & (laid_out.positions == 0)
     return {
         "completion_mask": torch.nn.functional.pad(laid_out.mask.long(), (1, 0)),  # (2B, 1 + T)
         "places": laid_out.places,  # (2B, T)
         "lengths": torch.tensor([len(s.prompt) + len(s.response) for s in sequences]),  # (2B,)
-        "input_ids": laid_out.input_ids,  # (R, L), as the next four
+        "input_ids": laid_out.input_ids,  # (R, L), as all that follow
         "positions": laid_out.positions,
         "last": laid_out.last,
         "shift_labels": laid_out.shift_labels,
-        "tree": (tree_starts.flatten().cumsum(0).view_as(tree_starts) - 1).clamp(min=0),
+        "tree": laid_out.tree,
     }
 
 

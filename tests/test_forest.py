@@ -269,6 +269,18 @@ def test_rows_hold_max_tokens_or_one_sequence(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_each_slot_knows_its_tree(seed: int) -> None:
+    sequences = random_sequences(seed)
+    forest = build_forest(sequences, pad_id=0, max_tokens=budget(seed))
+    for index, sequence in enumerate(sequences):
+        trees = forest.tree[(forest.source[..., 0] == index) & forest.is_token]
+        assert all(sequences[forest.roots[tree]].images == sequence.images for tree in trees.tolist())
+    order = forest.tree[forest.is_token].tolist()
+    assert order == sorted(order)
+    assert set(order) == set(range(len(forest.roots)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_roots_follow_the_layout(seed: int) -> None:
     """Pictures are given in the order of `roots`, and the model puts them where it meets their tokens, row by row."""
     sequences = [sequence for sequence in random_sequences(seed) if sequence.num_fixed]

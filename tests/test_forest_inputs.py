@@ -1,4 +1,4 @@
-"""A forest through real models equals their separate rows: nine families, backends, windows, several trees to a row."""
+"""A forest through real models equals their separate rows: nine families, backends, windows, several trees a row."""
 
 import re
 from typing import Any
