@@ -32,6 +32,9 @@ class MPOConfig(DPOConfig):
     warmup_steps: float = field(
         default=0.03, metadata={"help": "Warm-up: a share of all steps below 1, else a number of steps (paper: 0.05)."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from the log. They stop training anyway."}
+    )
     max_length: int | None = field(
         default=None,
         metadata={

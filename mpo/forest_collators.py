@@ -62,17 +62,17 @@ class TextForestCollator:
             for row in examples
         ]
         _check_cut(whole, self.max_length if self.truncation_mode == "keep_start" else None, None)
-        sequences = [sequence._replace(**self._cut(sequence.prompt, sequence.response)) for sequence in whole]
+        sequences = [forest.Sequence((), *self._cut(sequence.prompt, sequence.response)) for sequence in whole]
         laid_out = forest.build_forest(sequences, pad_id=self.pad_token_id, max_tokens=self.max_forest_tokens)
         return _batch(laid_out, sequences) | _references(examples)
 
-    def _cut(self, prompt: list[int], response: list[int]) -> dict[str, list[int]]:
-        if self.max_length is None:
-            return {}
-        if self.truncation_mode == "keep_start":
-            return {"response": response[: self.max_length - len(prompt)]}
-        left_out = max(0, len(prompt) + len(response) - self.max_length)
-        return {"prompt": prompt[left_out:], "response": response[max(0, left_out - len(prompt)) :]}
+    def _cut(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
+        if self.max_length is not None and self.truncation_mode == "keep_start":
+            response = response[: self.max_length - len(prompt)]
+        elif self.max_length is not None:
+            left_out = max(0, len(prompt) + len(response) - self.max_length)
+            prompt, response = prompt[left_out:], response[max(0, left_out - len(prompt)) :]
+        return (prompt, response) if prompt else (response[:1], response[1:])  # nothing scores a row's first token
 
 
 @dataclass
@@ -111,7 +111,8 @@ class ForestCollator:
             forest.Sequence(key, prompt.ids, response, self._num_fixed(prompt.ids) if key else 0)
             for key, prompt, response in zip(keys * 2, prompts * 2, responses, strict=True)
         ]
-        _check_cut(sequences, self.max_length, self.image_token_id)
+        names = [repr(text["prompt"][:80]) for text in texts]
+        _check_cut(sequences, self.max_length, self.image_token_id, names)
         if self.max_length is not None:
             sequences = [s._replace(response=s.response[: self.max_length - len(s.prompt)]) for s in sequences]
         pad_id = self.processor.tokenizer.pad_token_id
@@ -243,7 +244,12 @@ def _rendered(row: dict[str, Any], num_pictures: int, processor: ProcessorMixin)
     return apply_chat_template(messages | {"chat_template_kwargs": row.get("chat_template_kwargs") or {}}, processor)
 
 
-def _check_cut(sequences: Sequence[forest.Sequence], max_length: int | None, image_token_id: int | None) -> None:
+def _check_cut(
+    sequences: Sequence[forest.Sequence],
+    max_length: int | None,
+    image_token_id: int | None,
+    names: Sequence[str] | None = None,
+) -> None:
     """Refuses what a cut would leave no whole picture or no response of."""
     if all(sequence.response for sequence in sequences) and (
         max_length is None or all(len(sequence.prompt) < max_length for sequence in sequences)
@@ -256,6 +262,7 @@ def _check_cut(sequences: Sequence[forest.Sequence], max_length: int | None, ima
         pad_sequence(masks, batch_first=True),
         max_length=max_length,
         image_token_id=image_token_id,
+        names=names,
     )
 
 

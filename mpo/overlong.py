@@ -3,6 +3,7 @@
 N rows; B pairs in a batch, T tokens in its longest sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,7 +104,12 @@ def _complaint(lengths: Lengths, row: int, max_length: int | None, share: str) -
 
 
 def check_batch(
-    input_ids: Tensor, completion_mask: Tensor, *, max_length: int | None, image_token_id: int | None
+    input_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    max_length: int | None,
+    image_token_id: int | None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Refuses a batch of which `max_length` would cut a picture or a whole response: all that a stream allows.
 
@@ -112,6 +118,7 @@ def check_batch(
         completion_mask: 1 where a token belongs to a response, (2B, T).
         max_length: How much of each sequence's start will stay; None: all of it.
         image_token_id: Of the token that stands for a piece of a picture (`model.config.image_token_id`).
+        names: What a reader would know each pair by.
 
     Raises:
         InputError: Names the first such pair, its tokens, and the `max_length` that the batch needs.
@@ -126,7 +133,8 @@ def check_batch(
     image = (input_ids[:num_pairs] == (-1 if image_token_id is None else image_token_id)).sum(dim=1)
     columns = (image, before_response - image, *completion_mask.sum(dim=1).reshape(2, num_pairs))
     found = _complaint(Lengths(*(column.cpu().numpy() for column in columns)), pair, max_length, share)
-    raise InputError(f"pair {pair} of this batch has {found}")
+    name = f" ({names[pair]})" if names else ""
+    raise InputError(f"pair {pair} of this batch{name} has {found}")
 
 
 def identity_of(dataset: Dataset, row: int) -> Row:

@@ -22,7 +22,16 @@ from trl import DPOTrainer
 from data_builders.shards import write_rows, write_text
 from mpo.collators import PreferenceCollator, has_pictures, picture_collator
 from mpo.config import MPOConfig
-from mpo.diagnoses import ZeroRewards, check_finite, check_gradients, check_responses, check_saved, check_terms
+from mpo.diagnoses import (
+    Blame,
+    ZeroRewards,
+    check_finite,
+    check_gradients,
+    check_responses,
+    check_saved,
+    check_terms,
+    find_blame,
+)
 from mpo.lengths import Lengths, measure_rows, measure_tokenized
 from mpo.liger import apply_liger_kernels
 from mpo.losses import MPOLoss, generation_loss, mpo_loss
@@ -98,7 +107,8 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         self._step_rewards: list[Tensor] = []
         self._step_batches: list[Any] = []
         self._step_size: Tensor | None = None
-        self._zero_rewards, self._learned = ZeroRewards(), 0.0
+        self._zero_rewards = ZeroRewards()
+        self._learned = self._step_learning_rate = 0.0
         self._hides_pictures = args.precompute_ref_log_probs
         self._is_settled, self._own_collator = False, data_collator is not None
         if has_pictures(train_dataset):
@@ -275,7 +285,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
             batches[-1][NUM_PAIRS] = self._counted_of_last(batches[-1])
         sizes = [size_of(batch) for batch in batches] or [torch.zeros(2, dtype=torch.long)]
         self._step_size = self.accelerator.reduce(torch.stack(sizes).sum(dim=0).to(device), reduction="sum")
-        self._step_batches = batches
+        self._step_batches, self._step_learning_rate = batches, self._get_learning_rate()
         return batches, num_items
 
     def _counted_of_last(self, batch: dict[str, Any]) -> int:
@@ -298,8 +308,10 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         values = _values_of(inputs, scores, terms, rewards)
         if self.aux_loss_enabled:
             values["aux_loss"] = scores.tokens.aux_loss
-        sums = [(value.detach().double().sum(), value.numel()) for value in values.values()]
-        local = torch.tensor(sums, dtype=torch.float64, device="cpu").to(self.accelerator.device, _widest(self))
+        widest = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        sums = torch.stack([value.detach().sum(dtype=widest) for value in values.values()])
+        counts = torch.tensor([value.numel() for value in values.values()], dtype=widest, device=sums.device)
+        local = torch.stack([sums, counts], dim=1)
         totals = dict(zip(values, self.accelerator.reduce(local, reduction="sum").tolist(), strict=True))
         num_tokens, _ = totals.pop("num_tokens")
         for name, (total, count) in totals.items():
@@ -317,28 +329,27 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         self.reward_shift.update(rewards)
         if not self.args.sync_ref_model:
             self._zero_rewards.take_step(rewards, learned=self._learned)
-        self._learned += self._get_learning_rate()
+        if not self.accelerator.optimizer_step_was_skipped:  # by fp16's scaler
+            self._learned += self._step_learning_rate / (self.args.learning_rate or 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Transformers' seam between the backward pass and the step: nothing that is no number goes into weights."""
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not self.args.fp16:  # fp16's scaler leaves such steps out by itself
-            check_gradients(self.model, float(norm), self._step_batches, self._tokenizer, self._broken_gradients)
+            step = self.state.global_step
+            check_gradients(self.model, float(norm), self._step_batches, self._tokenizer, self._find_blame, step=step)
         return norm
 
-    def _broken_gradients(self) -> list[str]:
-        """Which term of which micro-batch of this step has a gradient that is not finite: each is run once more."""
+    def _find_blame(self) -> Blame:
+        """Which terms of which micro-batches of this step have broken gradients: each is run once more."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return []
-        weights, found = [p for p in self.model.parameters() if p.requires_grad], []
-        for number, batch in enumerate(self._step_batches, 1):
-            scores = self._score(self.model, self._prepare_inputs(batch))
-            terms = self._terms(scores, self.beta * (scores.logps - scores.ref_logps), num_counted(batch), 1.0)
-            for name, term in terms._asdict().items():
-                if name != "loss" and term is not None:
-                    gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
-                    if not all(g.isfinite().all() for g in gradients if g is not None):
-                        found.append(f"the {name} loss of micro-batch {number}")
+            return {}
+        found = {}
+        for number, batch in enumerate(self._step_batches):
+            scores, counted = self._score(self.model, self._prepare_inputs(batch)), num_counted(batch)
+            terms = self._terms(scores, self.beta * (scores.logps - scores.ref_logps), counted, 1.0)
+            if blamed := find_blame(self.model, terms):
+                found[number] = blamed
         return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -416,8 +427,3 @@ def _values_of(inputs: dict[str, Any], scores: Scores, terms: MPOLoss, rewards: 
         **{f"loss/{name}": value.repeat(counted) for name, value in means.items()},
         "num_tokens": lengths_of(inputs)[rows],
     }
-
-
-def _widest(trainer: MPOTrainer) -> torch.dtype:
-    """float64, but float32 where the device has none (Apple's MPS)."""
-    return torch.float32 if trainer.accelerator.device.type == "mps" else torch.float64

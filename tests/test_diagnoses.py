@@ -423,16 +423,27 @@ def rewards_of(trainer: MPOTrainer) -> list[float]:
     return [entry["rewards/chosen"] for entry in trainer.state.log_history if "rewards/chosen" in entry]
 
 
-def test_a_stream_of_texts_that_max_length_leaves_no_response_of_is_told(start: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("share_prefixes", "words"),
+    [
+        (True, r"pair 0 .* `max_length=20` would leave nothing of a response.* Set `max_length` to at least 41"),
+        (False, r"4 of 4 .* chosen one of 'user\\nQuestion 0: ho' \(20 tokens\)\. .* `max_length=20` cuts it off"),
+    ],
+)
+def test_a_stream_of_texts_that_max_length_leaves_no_response_of_is_told(
+    start: Path, tmp_path: Path, share_prefixes: bool, words: str
+) -> None:
     stream = stream_of(dataset_of(pictures=False))
-    words = r"4 of 4 responses .* chosen one of 'user\\nQuestion 0: ho' \(20 tokens\).*`max_length=20` cuts it off"
-    with pytest.raises(TrainingError, match=words):
-        trainer_of(start, tmp_path, stream, max_length=20, share_prefixes=False).train()
+    with pytest.raises(InputError, match=words):
+        trainer_of(start, tmp_path, stream, max_length=20, share_prefixes=share_prefixes).train()
 
 
-def test_a_stream_with_pictures_that_max_length_leaves_no_response_of_is_told(start: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_a_stream_with_pictures_that_max_length_leaves_no_response_of_is_told(
+    start: Path, tmp_path: Path, share_prefixes: bool
+) -> None:
     with pytest.raises(InputError, match=r"`max_length=20` would cut its pictures.* Set `max_length` to at least 46"):
-        trainer_of(start, tmp_path, stream_of(dataset_of()), max_length=20, share_prefixes=False).train()
+        trainer_of(start, tmp_path, stream_of(dataset_of()), max_length=20, share_prefixes=share_prefixes).train()
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,9 @@ def test_a_cut_through_a_response_shortens_it_and_one_through_pictures_is_an_err
         cut(rows)
 
 
-@pytest.mark.parametrize(("mode", "max_length"), [("keep_start", None), ("keep_start", 6), ("keep_end", 6)])
+@pytest.mark.parametrize(
+    ("mode", "max_length"), [("keep_start", None), ("keep_start", 6), ("keep_end", 6), ("keep_end", 3)]
+)
 def test_texts_are_those_of_trls_collator(mode: str, max_length: int | None) -> None:
     rows = [
         {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7, 8], "rejected_ids": [5, 9]},

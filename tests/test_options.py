@@ -98,6 +98,18 @@ def test_every_metric_of_trl_is_logged_under_its_name(
     assert ("aux_loss" in ours[kind].state.log_history[0]) == (kind == "moe")
 
 
+def test_router_logits_that_only_a_models_config_asks_for_change_nothing(
+    tiny: dict[str, Tiny], tmp_path: Path
+) -> None:
+    found = []
+    for trainer_class, is_asked in ((DPOTrainer, True), (MPOTrainer, True), (MPOTrainer, False)):
+        model = tiny["moe"].load()
+        model.config.output_router_logits = is_asked
+        trainer = train(trainer_class, tiny["moe"], tmp_path, {"router_aux_loss_coef": 0.0}, model=model)
+        found.append(logged(trainer))
+    assert found[1:] == [pytest.approx(found[0], abs=1e-5)] * 2
+
+
 @pytest.mark.parametrize("kind", ["vision", "text"])
 @pytest.mark.parametrize(
     "settings",
@@ -357,6 +369,10 @@ def test_metrics_of_ones_own_get_predictions_and_labels(tiny: dict[str, Tiny], t
     loss_only = make_trainer(MPOTrainer, tiny[kind], tmp_path, {"prediction_loss_only": True}, **own).evaluate()
     assert "eval_rows" not in loss_only
     assert loss_only["eval_loss"] == pytest.approx(found["eval_loss"], abs=1e-6)
+    late = make_trainer(MPOTrainer, tiny[kind], tmp_path, eval_dataset=tiny[kind].pairs)
+    late.compute_metrics = describe
+    with pytest.raises(ValueError, match="pass `compute_metrics` when the trainer is made"):
+        late.evaluate()
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("vision", "4 image and 81 text"), ("text", "0 image and 80 text")])

@@ -65,7 +65,7 @@ def save_models(folder: Path) -> dict[str, Tiny]:
     pairs = Dataset.from_list(preference_rows(8), features=features)
     build("llava", folder / "vision")
     _save_text_model(folder / "text", Qwen2Config)
-    _save_text_model(folder / "moe", Qwen3MoeConfig, **_EXPERTS, output_router_logits=True)
+    _save_text_model(folder / "moe", Qwen3MoeConfig, **_EXPERTS)
     texts = pairs.remove_columns("images")
     return {name: Tiny(folder / name, pairs if name == "vision" else texts) for name in ("vision", "text", "moe")}
 
