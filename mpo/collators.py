@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from trl import DPOConfig
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
@@ -77,8 +78,8 @@ class PreferenceCollator(DataCollatorForVisionPreference):
 
 
 def has_pictures(dataset: Any) -> bool:
-    """Whether a data set (or stream) has a column of pictures; None has none."""
-    if dataset is None:
+    """Whether a data set (or stream) has a column of pictures; what is neither has none."""
+    if not isinstance(dataset, Dataset | IterableDataset):
         return False
     names = dataset.column_names or next(iter(dataset), {}).keys()
     return not {"image", "images"}.isdisjoint(names)

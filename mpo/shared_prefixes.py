@@ -33,7 +33,7 @@ class SharesPrefixes:
         if reason is not None:
             self._note(f"Prefixes are not shared: {reason}. Rows are computed one by one, with the same numbers.")
             return
-        self.shares_prefixes = True
+        self.shares_prefixes, self._row_collator = True, self.data_collator
         if self._has_pictures:
             self.data_collator = ForestCollator(
                 processor=self.processing_class,
@@ -57,11 +57,22 @@ class SharesPrefixes:
             return "`compute_metrics` gets the logits of whole rows"
         if self.args.pad_to_multiple_of is not None:
             return "`pad_to_multiple_of` pads rows, and a forest has none"
-        if self.aux_loss_enabled:
+        asked = getattr(base_of(self.model).config.get_text_config(), "output_router_logits", False)
+        if self.aux_loss_enabled or asked:
             return "the load-balancing loss counts tokens row by row"
         if is_peft_model(self.model) and any(c.is_prompt_learning for c in self.model.peft_config.values()):
             return "prompt-learning adapters put virtual tokens in front of rows"
         return why_not(base_of(self.model))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Transformers' seam for `predict`, which returns the logits of plain rows."""
+        if not self.shares_prefixes:
+            return super().get_test_dataloader(test_dataset)
+        shared, self.data_collator = self.data_collator, self._row_collator
+        try:
+            return super().get_test_dataloader(test_dataset)
+        finally:
+            self.data_collator = shared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Transformers' seam for the order of rows."""

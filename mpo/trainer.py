@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 
 from data_builders.shards import write_rows, write_text
@@ -43,6 +43,7 @@ from mpo.scores import (
     NUM_PAIRS,
     REF_COLUMNS,
     Scores,
+    is_forest,
     lengths_of,
     model_inputs,
     num_counted,
@@ -89,6 +90,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *others: Any,
         **kwargs: Any,
     ) -> None:
         """Builds the trainer; see `trl.DPOTrainer` for the arguments.
@@ -113,13 +115,23 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         self._is_settled, self._own_collator = False, data_collator is not None
         if has_pictures(train_dataset):
             processing_class = processing_class or processor_of(model, args)
+            if not isinstance(processing_class, ProcessorMixin):
+                raise ValueError(
+                    f"the data have pictures, but `processing_class` ({type(processing_class).__name__}) takes only "
+                    "text: pass the processor of a vision-language model, or remove the column of pictures."
+                )
+            if args.dataset_num_proc:
+                self._note(
+                    "`dataset_num_proc` does nothing for pictures, which are read with each batch: set "
+                    "`dataloader_num_workers` instead."
+                )
             data_collator = data_collator or picture_collator(processing_class, args, train_dataset)
             train_dataset = self._fit_pictures(train_dataset, processing_class, args, "train")
             eval_dataset = _each(
-                eval_dataset, lambda dataset: self._fit_pictures(dataset, processing_class, args, "eval")
+                eval_dataset, lambda dataset, name: self._fit_pictures(dataset, processing_class, args, name)
             )
         super().__init__(
-            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs
         )
         self._hides_pictures = False
         self._settle()
@@ -221,12 +233,12 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
             eval_dataset = _each(eval_dataset, self._ready_to_evaluate)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _ready_to_evaluate(self, dataset: Any) -> Any:
-        dataset = self._fit_pictures(dataset, self.processing_class, self.args, "eval")
+    def _ready_to_evaluate(self, dataset: Any, name: str) -> Any:
+        dataset = self._fit_pictures(dataset, self.processing_class, self.args, name)
         if not self.precompute_ref_logps:
             return dataset
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        return self._precompute_ref_logps(dataset, "eval", size)
+        return self._precompute_ref_logps(dataset, name, size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """TRL's seam for the loss: one forward of policy and reference over a micro-batch."""
@@ -235,17 +247,23 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         check_responses(inputs, counted, self._tokenizer, self.args.max_length)
         scores = self._score(model, inputs)
         rewards = self.beta * (scores.logps - scores.ref_logps)
-        pair_share, token_share = self._shares(inputs) if mode == "train" else (1.0, 1.0)
+        in_step = mode == "train" and self._step_size is not None  # not where a user calls `compute_loss`
+        pair_share, token_share = self._shares(inputs) if in_step else (1.0, 1.0)
         terms = self._terms(scores, rewards, counted, token_share / pair_share if pair_share else 1.0)
         check_terms(terms, scores.logps, scores.ref_logps, inputs, self._tokenizer, step=self.state.global_step)
         loss = terms.loss * pair_share
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * scores.tokens.aux_loss
         rewards = torch.stack([half[:counted] for half in rewards.detach().chunk(2)])  # (2, B)
-        if mode == "train":
+        if in_step:
             self._step_rewards.append(rewards.flatten())
         self._record(mode, inputs, scores, terms, rewards)
         if return_outputs:
+            if is_forest(inputs):
+                raise ValueError(
+                    "logits of whole rows are asked for, and batches share prefixes: pass `compute_metrics` when the "
+                    "trainer is made, or set `share_prefixes=False`."
+                )
             with torch.no_grad():
                 return loss, model(**model_inputs(inputs))
         return loss
@@ -255,7 +273,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         mask = inputs["completion_mask"][:, 1:]
         tokens = score_tokens(model, base_of(self.accelerator.unwrap_model(model)), inputs, **extra)
         if self.precompute_ref_logps:
-            ref_logps = torch.cat([inputs[name] for name in REF_COLUMNS])
+            ref_logps = torch.cat(_ref_columns(inputs))
         else:
             ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
         return Scores(sequence_logps(tokens.logps, mask, self.ld_alpha), ref_logps.float(), mask, tokens)
@@ -285,7 +303,8 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
             batches[-1][NUM_PAIRS] = self._counted_of_last(batches[-1])
         sizes = [size_of(batch) for batch in batches] or [torch.zeros(2, dtype=torch.long)]
         self._step_size = self.accelerator.reduce(torch.stack(sizes).sum(dim=0).to(device), reduction="sum")
-        self._step_batches, self._step_learning_rate = batches, self._get_learning_rate()
+        self._step_batches, self._step_rewards = batches, []  # a step that ran out of memory may have left some
+        self._step_learning_rate = self._get_learning_rate()
         return batches, num_items
 
     def _counted_of_last(self, batch: dict[str, Any]) -> int:
@@ -324,7 +343,7 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
     def end_step(self) -> None:
         """Takes the rewards of one optimizer step, all micro-batches and ranks, into the reward shift."""
         local = torch.cat(self._step_rewards).tolist() if self._step_rewards else []
-        self._step_rewards, self._step_batches = [], []
+        self._step_rewards, self._step_batches, self._step_size = [], [], None
         rewards = gather_object(local) if self.accelerator.num_processes > 1 else local
         self.reward_shift.update(rewards)
         if not self.args.sync_ref_model:
@@ -381,8 +400,9 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         path = Path(checkpoint) / REWARD_SHIFT_FILE
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} has no {REWARD_SHIFT_FILE}: it was not saved by MPOTrainer, so the reward shift cannot "
-                "be restored. Start from its weights instead: pass the folder as the model."
+                f"{checkpoint} has no {REWARD_SHIFT_FILE}: it was not saved by MPOTrainer, or with "
+                "`save_only_model=True`, so the reward shift cannot be restored. Start from its weights instead: pass "
+                "the folder as the model."
             )
         self.reward_shift.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -397,11 +417,21 @@ class _StepEnd(TrainerCallback):
         self.trainer.end_step()
 
 
-def _each(data: Any, do: Callable[[Any], Any]) -> Any:
-    """Does it to a data set, or to each of a mapping of data sets; None stays None."""
+def _each(data: Any, do: Callable[[Any, str], Any]) -> Any:
+    """Does it to a data set, called "eval", or to each of a mapping of data sets, with its name; None stays None."""
     if isinstance(data, dict):
-        return {name: do(part) for name, part in data.items()}
-    return None if data is None else do(data)
+        return {name: do(part, name) for name, part in data.items()}
+    return None if data is None else do(data, "eval")
+
+
+def _ref_columns(inputs: dict[str, Any]) -> list[Tensor]:
+    if missing := [name for name in REF_COLUMNS if name not in inputs]:
+        raise ValueError(
+            f"a batch has no {missing[0]!r}, which `precompute_ref_log_probs=True` needs: either `data_collator` "
+            "leaves it out, as TRL's own for pictures does (pass none, and MPO's is taken), or these rows are new to "
+            "the trainer (`evaluate` computes it for them, `predict` does not)."
+        )
+    return [inputs[name] for name in REF_COLUMNS]
 
 
 def _values_of(inputs: dict[str, Any], scores: Scores, terms: MPOLoss, rewards: Tensor) -> dict[str, Tensor]:
