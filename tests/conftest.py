@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test looks anything up
 
@@ -13,6 +14,20 @@ from mpo import digits
 from mpo.cli import run_verb
 
 ROOT = Path(__file__).parent.parent
+QUIET_TRAINING = {  # of a trainer on a CPU: short, alike everywhere, and nothing written but what a test asks for
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "max_length": None,
+}
 SIZES = {"sft_rows": 64, "questions": 24, "open_questions": 3, "test_questions": 12}
 SMALL = {  # answers of one token, which a model can get right by luck after seconds
     "sft": {"max_steps": 100, "save_steps": 20, "learning_rate": 2e-3, "disable_tqdm": True},
@@ -38,6 +53,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder / "model")
     model.save_pretrained(folder / "model")
     return folder
+
+
+def task_pairs(task: Path, num_pairs: int) -> list[dict[str, Any]]:
+    """Pairs of the task's rows, of which every fourth has no picture; rejected responses are of several lengths."""
+    pairs = []
+    for index, row in enumerate(list(read_rows(task / "sft.jsonl"))[:num_pairs]):
+        chosen = row["completion"][0]["content"]
+        pair = {"id": str(index), "images": [] if index % 4 == 3 else [f"images/sft-{index:05d}.png"]}
+        pair |= {"prompt": row["prompt"][0]["content"], "chosen": chosen, "kind": "correctness", "source": "sum"}
+        pairs.append({**pair, "rejected": chosen[: len(chosen) // 2] + " 7." * (1 + index % 3)})
+    return pairs
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import QUIET_TRAINING
 from datasets import Dataset, DatasetDict, Json, List, Value
 from datasets import Image as ImageFeature
 from datasets.table import MemoryMappedTable
@@ -777,17 +778,9 @@ def test_a_broken_row_of_a_table_is_named_with_its_number(root: Path, tmp_path: 
 # --- training ---
 
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "max_steps": 1,
     "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_length": None,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from conftest import QUIET_TRAINING
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -44,21 +45,10 @@ WEIGHTS = "model.safetensors"
 NAN, INF = float("nan"), float("inf")
 VISION_LORA = LoraConfig(r=2, target_modules=r".*vision_tower.*\.[qv]_proj")
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "max_steps": 2,
     "per_device_train_batch_size": 2,
     "train_sampling_strategy": "sequential",
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_length": None,
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import QUIET_TRAINING
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from tiny_models import FAMILIES, SIZES, build, picture, preference_rows
@@ -18,21 +19,10 @@ from mpo import MPOConfig, MPOTrainer
 from mpo.models import PARTS, part_of
 
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "train_sampling_strategy": "sequential",  # so that each batch of four has every kind of row
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_length": None,
 }
 SAVING = {**SETTINGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 LLM_ONLY = r".*\.(language_model|text_model)\..*\.[qv]_proj"

@@ -9,27 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUIET_TRAINING, task_pairs
 from datasets import Dataset
 from rank_runs import run, scripted_rewards
 from transformers import AutoProcessor
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from data_builders.shards import read_rows, write_rows
+from data_builders.shards import write_rows
 from mpo.data import preference_dataset
 
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "num_train_epochs": 2,
     "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
 HALF = {"per_device_train_batch_size": 4}
@@ -46,14 +38,7 @@ ZERO_3 = {
 @pytest.fixture(scope="module")
 def dataset(task: Path) -> Dataset:
     """Thirteen pairs of which every fourth has no picture: the last step of an epoch is uneven."""
-    rows = []
-    for index, row in enumerate(list(read_rows(task / "sft.jsonl"))[:13]):
-        chosen = row["completion"][0]["content"]
-        images = [] if index % 4 == 3 else [f"images/sft-{index:05d}.png"]
-        pair = {"id": str(index), "images": images, "prompt": row["prompt"][0]["content"], "chosen": chosen}
-        rejected = chosen[: len(chosen) // 2] + " 7." * (1 + index % 3)
-        rows.append({**pair, "rejected": rejected, "kind": "correctness", "source": "sum"})
-    write_rows(task / "rank_pairs.jsonl", rows)
+    write_rows(task / "rank_pairs.jsonl", task_pairs(task, 13))
     return preference_dataset([task / "rank_pairs.jsonl"], task)
 
 

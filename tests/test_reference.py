@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUIET_TRAINING, task_pairs
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
@@ -23,18 +24,9 @@ from mpo.reference_cache import ReferenceCache, data_digest, model_digest, proce
 from mpo.scores import REF_COLUMNS, num_pairs
 
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "max_steps": 3,
     "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
     "precompute_ref_log_probs": True,
 }
 
@@ -43,13 +35,7 @@ SETTINGS: dict[str, Any] = {
 def folder(task: Path, tmp_path: Path) -> Path:
     """The task's model and pictures, and ten pairs of which every fourth has no picture, free to be changed."""
     shutil.copytree(task / "images", tmp_path / "images")
-    rows = []
-    for index, row in enumerate(list(read_rows(task / "sft.jsonl"))[:10]):
-        chosen = row["completion"][0]["content"]
-        images = [] if index % 4 == 3 else [f"images/sft-{index:05d}.png"]
-        pair = {"id": str(index), "images": images, "prompt": row["prompt"][0]["content"], "chosen": chosen}
-        rows.append({**pair, "rejected": chosen[: len(chosen) // 2] + " 7.", "kind": "correctness", "source": "sum"})
-    write_rows(tmp_path / "pairs.jsonl", rows)
+    write_rows(tmp_path / "pairs.jsonl", task_pairs(task, 10))
     return tmp_path
 
 
@@ -309,7 +295,7 @@ def test_the_verb_computes_what_training_then_finds(
 ) -> None:
     settings = {**SETTINGS, "ref_logps_dir": folder / "reference", "output_dir": folder / "out"}
     settings |= {"model_name_or_path": task / "model", "data": folder / "pairs.jsonl", "image_root": folder}
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
     caplog.set_level(logging.WARNING)
     summary = run_verb("reference", words)
     assert summary.rows[0][:2] == ["train", "10"]

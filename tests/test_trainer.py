@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUIET_TRAINING, task_pairs
 from datasets import Dataset
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
@@ -20,35 +21,17 @@ from mpo.train import run as train
 from mpo.training import StageConfig, last_checkpoint
 
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "max_steps": 3,
     "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_length": None,
 }
 
 
 @pytest.fixture(scope="module")
 def pairs(task: Path) -> Path:
     """Sixteen pairs of which every fourth has no picture."""
-    rows = []
-    for index, row in enumerate(list(read_rows(task / "sft.jsonl"))[:16]):
-        chosen = row["completion"][0]["content"]
-        rejected = chosen[: len(chosen) // 2] + " 7." * (1 + index % 3)
-        images = [] if index % 4 == 3 else [f"images/sft-{index:05d}.png"]
-        prompt = row["prompt"][0]["content"]
-        rows.append({"id": str(index), "images": images, "prompt": prompt, "chosen": chosen, "rejected": rejected})
     path = task / "pairs.jsonl"
-    write_rows(path, [{**row, "kind": "correctness", "source": "sum"} for row in rows])
+    write_rows(path, task_pairs(task, 16))
     return path
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import QUIET_TRAINING
 from datasets import Dataset, Features, Image, List, Value
 from tiny_models import CHAT_TEMPLATE, build, byte_tokenizer, preference_rows, text_config
 from transformers import (
@@ -21,6 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from mpo import MPOConfig, MPOTrainer
 
 SETTINGS: dict[str, Any] = {
+    **QUIET_TRAINING,
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
@@ -29,17 +31,6 @@ SETTINGS: dict[str, Any] = {
     "loss_weights": [0.8, 0.2, 1.0],
     "optim": "sgd",  # weights then differ by gradients, not by their signs
     "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_length": None,
 }
 LIKE_TRL = {"reward_shift_decay": 1.0, "sft_reduction": "token"}
 ROW_BY_ROW = {"share_prefixes": False}  # for what only differs by rounding in bf16, or by random numbers
