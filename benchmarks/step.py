@@ -14,7 +14,7 @@ rows, models and settings, the methods take turns, so that what else a machine d
 
 A step is what transformers' loop does between taking batches and the optimizer: `get_batch_samples`, `training_step`
 for each micro-batch with the reference's forward in it, and `on_step_end`. Clipping and the optimizer are left out, as
-they are the same for all, and so is collation, which workers hide; it is timed on its own. fp32 on a CPU, bf16 on CUDA.
+they are the same for all, and so is collation, which workers hide; it is timed alone. fp32 on a CPU, bf16 on CUDA.
 Ratios are medians over rounds, of the times of one round, with their quartiles.
 
 Peak memory is what lies in tensors: weights of policy and reference, and the most that a step has on top, which is
@@ -247,7 +247,7 @@ def measure(workload: Workload, sizes: Sizes, *, rounds: int, warm_up: bool = Tr
 
 
 def _methods(workload: Workload, sizes: Sizes, folder: Path) -> dict[str, Method]:
-    """Micro-batches of one pair, of a question's pairs where they are grouped, or of all where there are no pictures."""
+    """Micro-batches of one pair, of a question's where they are grouped, or of all where there are no pictures."""
     pairs = dict.fromkeys(("trl", "plain", "shared"), 1 if workload.pictures else workload.num_pairs)
     if workload.pairs > 1:
         pairs["grouped"] = workload.num_pairs

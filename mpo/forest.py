@@ -77,7 +77,9 @@ class _Segment(NamedTuple):
     complete: range  # the sequences that end here
 
 
-def build_forest(sequences: Iterable[Sequence], *, pad_id: int, max_tokens: int | None = None) -> Forest:
+def build_forest(
+    sequences: Iterable[Sequence], *, pad_id: int, max_tokens: int | None = None, multiple_of: int = 1
+) -> Forest:
     """Lay sequences out so that every prefix that several of them share stands there once.
 
     Two sequences are of one trie if they have the same pictures and the same first `num_fixed + 1` tokens. So no image
@@ -88,6 +90,7 @@ def build_forest(sequences: Iterable[Sequence], *, pad_id: int, max_tokens: int 
         pad_id: Fills the ends of the shorter rows.
         max_tokens: Tokens in a row, at most. Tries of more tokens are split, each part with the pictures again; a
             single sequence of more tokens makes all rows that long. None: as many as the largest trie has.
+        multiple_of: Rows are filled up to a multiple of it, for kernels that are compiled for each length.
 
     Returns:
         The layout, the same for the same sequences whatever the process.
@@ -114,6 +117,7 @@ def build_forest(sequences: Iterable[Sequence], *, pad_id: int, max_tokens: int 
     layouts = [_grow(trie) for trie in tries]
     rows = _pack([_size(layout) for layout in layouts], max_tokens or 0)
     num_slots = max((sum(_size(layouts[i]) for i in row) for row in rows), default=0)
+    num_slots = -(-num_slots // multiple_of) * multiple_of
     num_labels = max((len(sequence.response) for sequence in sequences), default=0)
     forest = _bare(len(rows), num_slots, len(sequences), num_labels, pad_id)
     for index, row in enumerate(rows):

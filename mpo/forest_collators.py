@@ -47,12 +47,14 @@ class TextForestCollator:
         max_length: Where sequences are cut; None: nowhere.
         truncation_mode: Which end of a sequence stays, as in TRL.
         max_forest_tokens: How long a row of trees may be; None: as long as the largest tree.
+        multiple_of: Rows are filled up to a multiple of it.
     """
 
     pad_token_id: int
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     max_forest_tokens: int | None = None
+    multiple_of: int = 1
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates B rows."""
@@ -63,7 +65,8 @@ class TextForestCollator:
         ]
         _check_cut(whole, self.max_length if self.truncation_mode == "keep_start" else None, None)
         sequences = [forest.Sequence((), *self._cut(sequence.prompt, sequence.response)) for sequence in whole]
-        laid_out = forest.build_forest(sequences, pad_id=self.pad_token_id, max_tokens=self.max_forest_tokens)
+        size = {"max_tokens": self.max_forest_tokens, "multiple_of": self.multiple_of}
+        laid_out = forest.build_forest(sequences, pad_id=self.pad_token_id, **size)
         return _batch(laid_out, sequences) | _references(examples)
 
     def _cut(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
@@ -86,6 +89,7 @@ class ForestCollator:
         processor: Of the model.
         max_length: Where sequences are cut; None: nowhere. A cut through pictures or a whole response is an error.
         max_forest_tokens: How long a row of trees may be; None: as long as the largest tree.
+        multiple_of: Rows are filled up to a multiple of it.
         image_token_id: Of the token that stands for a piece of a picture (`model.config.image_token_id`).
         stand_in: A picture of the data set: a batch without any gets a tree with it that counts nowhere, which ranks
             that share one sharded model need to run the same modules. None: no tree is added.
@@ -94,6 +98,7 @@ class ForestCollator:
     processor: ProcessorMixin
     max_length: int | None = None
     max_forest_tokens: int | None = None
+    multiple_of: int = 1
     image_token_id: int | None = None
     stand_in: Image | None = None
     decoder: ImageFeature = field(default_factory=lambda: ImageFeature(mode="RGB"))
@@ -115,8 +120,8 @@ class ForestCollator:
         _check_cut(sequences, self.max_length, self.image_token_id, names)
         if self.max_length is not None:
             sequences = [s._replace(response=s.response[: self.max_length - len(s.prompt)]) for s in sequences]
-        pad_id = self.processor.tokenizer.pad_token_id
-        laid_out = forest.build_forest(sequences, pad_id=pad_id, max_tokens=self.max_forest_tokens)
+        size = {"max_tokens": self.max_forest_tokens, "multiple_of": self.multiple_of}
+        laid_out = forest.build_forest(sequences, pad_id=self.processor.tokenizer.pad_token_id, **size)
         batch = _batch(laid_out, sequences) | _references(examples) | _types(laid_out, sequences, prompts * 2)
         if any(keys):
             batch |= _joined([given[sequences[root].images] for root in laid_out.roots if sequences[root].images])

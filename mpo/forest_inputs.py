@@ -24,7 +24,7 @@ _SHOWN_EXACT = {
 }
 _LAYERS = {"full_attention", "sliding_attention"}
 _BACKENDS = {"sdpa", "eager", "flex_attention"}
-_FLEX_BLOCK = 128
+FLEX_BLOCK = 128  # tokens that FlexAttention takes or leaves together
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key -> may see
 
@@ -104,7 +104,7 @@ def _block_mask(last: Tensor, positions: Tensor, blocks: Tensor | None, window: 
         return seen
 
     num_rows, length = last.shape
-    return create_block_mask(rule, num_rows, None, length, length, device=last.device, BLOCK_SIZE=_FLEX_BLOCK)
+    return create_block_mask(rule, num_rows, None, length, length, device=last.device, BLOCK_SIZE=FLEX_BLOCK)
 
 
 def _picture_blocks(batch: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, Lis
 
 from mpo.collators import first_picture, shards_the_model
 from mpo.forest_collators import ForestCollator, TextForestCollator
-from mpo.forest_inputs import why_not
+from mpo.forest_inputs import FLEX_BLOCK, why_not
 from mpo.groups import GroupedSampler, question_keys
 from mpo.models import base_of
 
@@ -34,12 +34,15 @@ class SharesPrefixes:
             self._note(f"Prefixes are not shared: {reason}. Rows are computed one by one, with the same numbers.")
             return
         self.shares_prefixes, self._row_collator = True, self.data_collator
+        base = base_of(self.model)
+        flex = base.config.get_text_config()._attn_implementation == "flex_attention"
+        rows = {"max_forest_tokens": self.args.max_forest_tokens, "multiple_of": FLEX_BLOCK if flex else 1}
         if self._has_pictures:
             self.data_collator = ForestCollator(
                 processor=self.processing_class,
                 max_length=self.args.max_length,
-                max_forest_tokens=self.args.max_forest_tokens,
-                image_token_id=base_of(self.model).config.image_token_id,
+                **rows,
+                image_token_id=base.config.image_token_id,
                 stand_in=first_picture(self.train_dataset) if shards_the_model(self.args) else None,
                 decoder=_picture_feature(self.train_dataset) or Image(mode="RGB"),
             )
@@ -49,7 +52,7 @@ class SharesPrefixes:
                 pad_token_id=self._tokenizer.pad_token_id,
                 max_length=self.args.max_length,
                 truncation_mode=self.args.truncation_mode,
-                max_forest_tokens=self.args.max_forest_tokens,
+                **rows,
             )
 
     def _why_plain(self) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -152,7 +153,8 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
 
     def _note(self, line: str) -> None:
         self.notes.append(line)
-        logger.warning(line)
+        if PartialState().is_main_process:
+            logger.warning(line)
 
     def _settle(self) -> None:
         """What needs a built trainer and comes before a model is asked anything: kernels, and the collator."""

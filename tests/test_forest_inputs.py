@@ -12,7 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 from trl.trainer.utils import add_fused_lm_head
 
 from mpo.forest_collators import ForestCollator, TextForestCollator
-from mpo.forest_inputs import why_not
+from mpo.forest_inputs import FLEX_BLOCK, why_not
 from mpo.scores import score_tokens
 
 TEXT: dict[str, Any] = {
@@ -97,6 +97,22 @@ def test_every_family_gives_a_forest_what_it_gives_separate_rows(name: str, atte
         forest = collate(rows())
         assert forest["input_ids"].numel() < 0.8 * plain["input_ids"].numel()
         check_equal(model, plain, forest)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}))
+@torch.no_grad()
+def test_flex_attention_gives_a_forest_the_same_where_a_family_has_it(name: str) -> None:
+    """Forward only: on a CPU it has no gradients."""
+    processor, model = FAMILIES[name]()
+    model = prepared(model, "sdpa")
+    collate = ForestCollator(processor, image_token_id=model.config.image_token_id, multiple_of=FLEX_BLOCK)
+    forest = collate(rows())
+    assert forest["input_ids"].size(1) % FLEX_BLOCK == 0
+    expected = score_tokens(model, model, forest).logps
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # torch 2.13 compiles wrong C++ of masks that read tensors
+        found = score_tokens(model, model, forest).logps
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
