@@ -3,25 +3,28 @@
 `python benchmarks/step.py --quick` takes a few minutes on two cores; `--help` lists the rest. In one run, on the same
 rows, models and settings, the methods take turns, so that what else a machine does meets all of them:
 
-- `trl`: `trl.DPOTrainer`, one pair in a micro-batch where there are pictures.
-- `plain`: `MPOTrainer` with `share_prefixes=False`, row by row as TRL does.
-- `shared`: `MPOTrainer` as it is.
-- `grouped`: with all pairs of a question in one micro-batch (`group_by_question`).
-- `cached`: as the one above it, with reference log-probabilities from `precompute_ref_log_probs`.
-- `flex`: as `shared` on FlexAttention (CUDA).
-- `floor`: the shared tokens forward and backward, and forward once more for the reference, with TRL's fused head and
-  nothing else: causal rows of as many tokens, no mask, no loss, no metrics.
+- `trl`: `trl.DPOTrainer`, pair by pair where there are pictures: 15 pairs are 15 micro-batches of one step.
+- `plain`: `MPOTrainer` with `share_prefixes=False`, in the same micro-batches; not for the 15 pairs, which take long.
+- `shared`: `MPOTrainer` as it is, in the same micro-batches.
+- `grouped`: the same with all pairs of a question in one micro-batch (`group_by_question`).
+- `cached`: the last one above, with reference log-probabilities from `precompute_ref_log_probs`.
+- `flex`: the last one above with its reference, on FlexAttention (CUDA only).
+- `floor`: the tokens of the last one above forward and backward, and forward once more for the reference, with TRL's
+  fused head on those that predict a response, and nothing else: causal rows, no mask, no loss, no metrics.
 
 A step is what transformers' loop does between taking batches and the optimizer: `get_batch_samples`, `training_step`
 for each micro-batch with the reference's forward in it, and `on_step_end`. Clipping and the optimizer are left out, as
-they are the same for all, and so is collation, which workers hide; it is timed alone. fp32 on a CPU, bf16 on CUDA.
-Ratios are medians over rounds, of the times of one round, with their quartiles.
+they are the same for all, and so is collation, which workers hide; it is timed on its own. fp32 on a CPU, bf16 on
+CUDA. Ratios are medians over rounds, of the times of one round, with their quartiles. On a CPU with glibc, freed
+memory is kept, as CUDA's allocator does (`_keep_freed_memory`).
 
-Peak memory is what lies in tensors: weights of policy and reference, and the most that a step has on top, which is
-`torch.cuda.max_memory_allocated` on CUDA and torch's profiler on a CPU, where the process as a whole says little.
+Peak memory is what lies in tensors: weights of policy and reference, and the most that two micro-batches of a step
+have on top, which is `torch.cuda.max_memory_allocated` on CUDA and torch's profiler on a CPU, where the memory of the
+whole process is mostly libraries.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -30,6 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,223 +45,98 @@ import datasets
 import torch
 import transformers
 import trl
-from accelerate.utils import send_to_device
-from models import LARGE, TOY, Sizes, Workload, build, preference_rows, workloads
+from models import HEAD_TILE, LARGE, TOY, Method, Sizes, Workload, workloads
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from trl import DPOConfig, DPOTrainer
-
-from mpo import MPOConfig, MPOTrainer
-from mpo.scores import REF_COLUMNS
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 FLOOR_TARGET, MEMORY_TARGET = 1.15, 0.85  # at most: step / floor, and memory of a pair / TRL's
-LOSS = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
-SETTINGS = {
-    **LOSS,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "max_length": None,
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"share_prefixes": False},
-    "shared": {},
-    "grouped": {"group_by_question": True},
-    "cached": {"precompute_ref_log_probs": True},
-    "flex": {},
-}
+ROUNDS, QUICK_ROUNDS = 9, 5
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+Task = Callable[[], object]
 
 
-class Method:
-    """A trainer with its batches of one optimizer step.
+def run(shapes: Sequence[Workload], sizes: Sizes, *, rounds: int) -> dict[str, Any]:
+    """Measures everything.
 
     Args:
-        name: `trl`, or one of `OPTIONS`.
-        workload: What to train on.
+        shapes: Of `models.workloads`.
         sizes: Of the model.
-        pairs: In a micro-batch.
-        folder: For what a trainer wants to write.
+        rounds: Turns of each method.
+
+    Returns:
+        `machine`, `workloads` (see `measure`) and `heads` (see `measure_heads`; None without a GPU), as plain values.
     """
-
-    def __init__(self, name: str, workload: Workload, sizes: Sizes, pairs: int, folder: Path) -> None:
-        self.name = name
-        rows = preference_rows(workload, sizes)
-        attention = "flex_attention" if name == "flex" else "sdpa"
-        kind = {"pictures": bool(workload.pictures), "attention": attention}
-        model, processor = build(sizes, seed=0, **kind)
-        reference, _ = build(sizes, seed=1, **kind)  # another one, or rewards would be 0
-        settings = {
-            **SETTINGS,
-            **OPTIONS.get(name, {}),
-            "use_cpu": not torch.cuda.is_available(),
-            "bf16": torch.cuda.is_available(),
-            "per_device_train_batch_size": pairs,
-            "gradient_accumulation_steps": len(rows) // pairs,
-        }
-        if name == "cached":
-            for column in REF_COLUMNS:
-                rows = rows.add_column(column, [-9.0 * workload.response] * len(rows))
-        trainer_class, config = (DPOTrainer, DPOConfig) if name == "trl" else (MPOTrainer, MPOConfig)
-        self.trainer = trainer_class(
-            model=model,
-            ref_model=None if name == "cached" else reference,
-            args=config(str(folder), **settings),
-            train_dataset=rows,
-            processing_class=processor,
-        )
-        self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
-        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)
-        self._starts, self._pairs = range(0, len(rows), pairs), pairs
-        self.batches = send_to_device(self.collate(), self.trainer.args.device)
-
-    def collate(self) -> list[dict[str, Tensor]]:
-        """The micro-batches, from rows as the data set holds them."""
-        rows, collator = self.trainer.train_dataset, self.trainer.data_collator
-        return [collator([rows[row] for row in range(start, start + self._pairs)]) for start in self._starts]
-
-    def step(self, num_batches: int | None = None) -> None:
-        """One step without its optimizer.
-
-        Args:
-            num_batches: Micro-batches of it; None: all.
-        """
-        trainer, device = self.trainer, self.trainer.args.device
-        chosen = self.batches[:num_batches]
-        batches, num_items = trainer.get_batch_samples(iter(chosen), len(chosen), device)
-        trainer.current_gradient_accumulation_steps = len(batches)
-        for batch in batches:
-            trainer.training_step(self.model, batch, num_items)
-        trainer.callback_handler.on_step_end(trainer.args, trainer.state, trainer.control)
-        self.model.zero_grad()
-
-    def reference_pass(self) -> None:
-        """The reference's forward over all micro-batches."""
-        for batch in self.batches:
-            self.trainer.compute_ref_log_probs(self.trainer.ref_model, batch)
-
-    def floor(self) -> Callable[[], None]:
-        """What computes this method's tokens and nothing else, as often as a step does."""
-        passes = [self._bare(batch) for batch in self.batches]
-        model, reference = self.model, self.trainer.ref_model
-
-        def compute() -> None:
-            for inputs in passes:
-                with torch.no_grad():
-                    reference(**inputs)
-                model(**inputs).log_probs.sum().backward()
-            model.zero_grad()
-
-        return compute
-
-    def _bare(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """Causal rows of a forest's tokens without its padding, as many as it has."""
-        ids, labels = batch["input_ids"], batch["shift_labels"]
-        real = ids != self.trainer._tokenizer.pad_token_id
-        num_tokens = int(real.sum())
-        length = -(-num_tokens // len(ids))
-        tokens, scored = ids.new_full((len(ids) * length,), 3), labels.new_full((len(ids) * length,), -100)
-        tokens[:num_tokens], scored[:num_tokens] = ids[real], labels[real]
-        inputs = {"input_ids": tokens.view(-1, length), "shift_labels": scored.view(-1, length)}
-        inputs |= {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
-        return {**inputs, "use_cache": False, "fused_lm_head": True}
-
-    def num_tokens(self) -> int:
-        """Tokens that the language model computes in a step, padding included."""
-        return sum(batch["input_ids"].numel() for batch in self.batches)
-
-    def num_unique(self) -> int:
-        """The same without padding."""
-        pad = self.trainer._tokenizer.pad_token_id
-        return sum(int((batch["input_ids"] != pad).sum()) for batch in self.batches)
-
-    def peak_memory(self) -> int:
-        """Bytes in tensors: weights of both models, and the most that two micro-batches of a step have on top."""
-        models = [self.model, self.trainer.ref_model]
-        weights = [p for model in models if model is not None for p in model.parameters()]
-        return sum(p.numel() * p.element_size() for p in weights) + _peak_of(lambda: self.step(2))
+    has_gpu = torch.cuda.is_available()
+    machine = {
+        "processor": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": "bfloat16" if has_gpu else "float32",
+        **{module.__name__: module.__version__ for module in (torch, transformers, trl)},
+        "model": sizes._asdict(),
+    }
+    found = [measure(workload, sizes, rounds=rounds) for workload in shapes]
+    heads = measure_heads(sizes, 2 * shapes[0].response, rounds=rounds) if has_gpu else None
+    return {"machine": machine, "workloads": found, "heads": heads}
 
 
-def _peak_of(compute: Callable[[], None]) -> int:
-    """Bytes of tensors that live at the same time, at most, of those that a computation makes."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        compute()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        compute()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
-    live = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def measure(workload: Workload, sizes: Sizes, *, rounds: int, warm_up: bool = True) -> dict[str, Any]:
+def measure(workload: Workload, sizes: Sizes, *, rounds: int) -> dict[str, Any]:
     """Times all methods on one workload, turn by turn.
 
     Args:
         workload: Of `models.workloads`.
         sizes: Of the model.
-        rounds: Turns of each method; long workloads take a third of them.
-        warm_up: Whether each takes one step that does not count first.
+        rounds: Turns of each method; where a step has many micro-batches a third of them, though not under 3.
 
     Returns:
-        `methods`: per method medians of seconds and what else is counted; `ratios`: median, quartiles, target.
+        Its `workload`, `shape`, `pairs` and `rounds`; by method, `methods` with medians; and `ratios`.
     """
+    rounds = min(rounds, max(3, rounds // 3)) if workload.pairs > 1 else rounds
     with tempfile.TemporaryDirectory() as folder:
         methods = _methods(workload, sizes, Path(folder))
-        best = methods.get("grouped", methods["shared"])
-        tasks = {name: method.step for name, method in methods.items()} | {"floor": best.floor()}
-        references = {f"{name}_reference": methods[name].reference_pass for name in ("trl", best.name)}
-        peaks = {name: method.peak_memory() for name, method in methods.items()}  # which warms up, too
-        if warm_up:
-            best.floor()()
-        rounds = max(2, rounds // 3) if workload.num_pairs > 8 else rounds
+        best = "grouped" if "grouped" in methods else "shared"
+        tasks: dict[str, Task] = {name: method.step for name, method in methods.items()}
+        tasks["floor"] = methods[best].floor()
+        references = {f"{name}'s reference": methods[name].reference_pass for name in ("trl", best)}
+        peaks = {name: _memory_of(method) for name, method in methods.items()}  # warms them up, too
+        tasks["floor"]()
         times = _take_turns(tasks | references, rounds)
         collation = _take_turns({name: method.collate for name, method in methods.items()}, 2)
-    found = {}
-    for name in tasks:
-        method = methods.get(name, best)
-        seconds = statistics.median(times[name])
-        found[name] = {
-            "seconds": seconds,
-            "pairs_per_second": workload.num_pairs / seconds,
-            "collation_seconds": min(collation[name]) if name in collation else None,
-            "peak_bytes": peaks.get(name),
-            "tokens": method.num_unique() if name == "floor" else method.num_tokens(),
-            "micro_batches": len(method.batches),
-        }
     return {
         "workload": workload.name,
-        "shape": f"{workload.prompt} + {workload.response}",
+        "shape": f"{workload.prompt:,} + {workload.response:,}",
         "pairs": workload.num_pairs,
         "rounds": rounds,
-        "methods": found,
-        "ratios": _ratios(workload, best.name, times, peaks),
+        "methods": {
+            name: {
+                "seconds": statistics.median(times[name]),
+                "pairs_per_second": workload.num_pairs / statistics.median(times[name]),
+                "collation_seconds": min(collation[name]) if name in methods else None,
+                "peak_bytes": peaks.get(name),
+                "tokens": methods[name].num_tokens() if name in methods else methods[best].num_unique(),
+                "micro_batches": len(methods.get(name, methods[best]).batches),
+            }
+            for name in tasks
+        },
+        "ratios": _ratios(workload, best, times, peaks),
     }
 
 
 def _methods(workload: Workload, sizes: Sizes, folder: Path) -> dict[str, Method]:
-    """Micro-batches of one pair, of a question's where they are grouped, or of all where there are no pictures."""
-    pairs = dict.fromkeys(("trl", "plain", "shared"), 1 if workload.pictures else workload.num_pairs)
+    names = ("trl", "shared") if workload.pairs > 1 else ("trl", "plain", "shared")
+    pairs = dict.fromkeys(names, 1 if workload.pictures else workload.num_pairs)
     if workload.pairs > 1:
         pairs["grouped"] = workload.num_pairs
-    pairs["cached"] = list(pairs.values())[-1]
+    last = [*pairs.values()][-1]
+    pairs["cached"] = last
     if torch.cuda.is_available() and workload.pictures:
-        pairs["flex"] = list(pairs.values())[-1]
+        pairs["flex"] = last
     return {name: Method(name, workload, sizes, size, folder) for name, size in pairs.items()}
 
 
-def _take_turns(tasks: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _take_turns(tasks: dict[str, Task], rounds: int) -> dict[str, list[float]]:
     """Seconds of each task in each round; every round begins with another task."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     order = list(tasks)
@@ -277,41 +156,66 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _memory_of(method: Method) -> int:
+    """Bytes of both models, and the most that two micro-batches of a step have on top."""
+    return method.weight_bytes() + peak_of(lambda: method.step(2))
+
+
+def peak_of(compute: Task) -> int:
+    """Bytes of the tensors that a computation makes, as many as live at the same time at most."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        compute()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compute()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    live = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
 def _ratios(workload: Workload, best: str, times: dict[str, list[float]], peaks: dict[str, int]) -> list[dict]:
-    """Everything that has a target, and what may be asked besides."""
+    """What has a target, and what one may want to know besides."""
 
-    def ratio(what: str, above: str, below: str, **target: float) -> dict[str, Any]:
-        values = [a / b for a, b in zip(times[above], times[below], strict=True)]
-        return _ratio(what, values, **target)
+    def of_times(what: str, above: str, below: str, **target: float) -> dict[str, Any]:
+        return _ratio(what, [a / b for a, b in zip(times[above], times[below], strict=True)], **target)
 
+    memory_target = {"at_most": MEMORY_TARGET} if workload.name == "pair" else {}
     found = [
-        ratio(f"trl / {best}", "trl", best, at_least=workload.target),
-        ratio(f"{best} / floor", best, "floor", at_most=FLOOR_TARGET),
-        _ratio(
-            f"peak memory: {best} / trl",
-            [peaks[best] / peaks["trl"]],
-            **({"at_most": MEMORY_TARGET} if workload.name == "pair" else {}),
-        ),
-        ratio("trl / plain", "trl", "plain"),
+        of_times(f"trl / {best}", "trl", best, at_least=workload.target),
+        of_times(f"{best} / floor", best, "floor", at_most=FLOOR_TARGET),
+        _ratio(f"peak memory, {best} / trl", [peaks[best] / peaks["trl"]], **memory_target),
+        of_times(f"{best} / cached", best, "cached"),
+        of_times(f"reference pass, trl / {best}", "trl's reference", f"{best}'s reference"),
     ]
-    found += [ratio("trl / shared, pair by pair", "trl", "shared")] if best == "grouped" else []
-    found += [
-        ratio(f"{best} / cached reference", best, "cached"),
-        ratio(f"reference pass: trl / {best}", "trl_reference", f"{best}_reference"),
-    ]
-    found += [ratio("SDPA / FlexAttention", best, "flex")] if "flex" in times else []
+    other = "shared" if best == "grouped" else "plain"
+    found.insert(3, of_times(f"trl / {other}", "trl", other))
+    if "flex" in times:
+        found.append(of_times("SDPA / FlexAttention", best, "flex"))
     return found
 
 
 def _ratio(
-    what: str, values: Sequence[float], at_least: float | None = None, at_most: float | None = None
+    what: str, values: Sequence[float], *, at_least: float | None = None, at_most: float | None = None
 ) -> dict[str, Any]:
+    """Median and quartiles; `met` is None where there is no target."""
     median = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [median] * 3
-    met = None
-    if at_least is not None or at_most is not None:
-        met = (at_least is None or median >= at_least) and (at_most is None or median <= at_most)
-    return {"what": what, "median": median, "low": low, "high": high} | {
+    met = median >= at_least if at_least is not None else median <= at_most if at_most is not None else None
+    return {
+        "what": what,
+        "median": median,
+        "low": low,
+        "high": high,
         "at_least": at_least,
         "at_most": at_most,
         "met": met,
@@ -319,53 +223,68 @@ def _ratio(
 
 
 def measure_heads(sizes: Sizes, num_tokens: int, *, rounds: int) -> dict[str, Any]:
-    """TRL's fused head against Liger's: log-probabilities and entropy of as many tokens, forward and backward."""
+    """TRL's fused head against Liger's on a GPU: log-probabilities and entropies of tokens, forward and backward.
+
+    Args:
+        sizes: Of the model whose head it is.
+        num_tokens: That are scored.
+        rounds: Turns of each.
+
+    Returns:
+        Median seconds of `trl` and `liger`, and their `ratio`.
+    """
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     options = {"device": "cuda", "dtype": torch.bfloat16}
     hidden = torch.randn(num_tokens, sizes.width, requires_grad=True, **options)
-    weight = torch.randn(sizes.vocabulary, sizes.width, **options).mul_(0.02).requires_grad_()
+    weight = torch.randn(sizes.vocabulary, sizes.width, **options).mul_(sizes.width**-0.5).requires_grad_()
     labels = torch.randint(sizes.vocabulary, (num_tokens,), device="cuda")
 
-    def trls() -> None:
-        logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32_768, None, 1.0, ("entropy",))
-        logps.sum().backward()
+    def score_with_trls() -> None:
+        arguments = (hidden, weight, None, labels, 1.0, HEAD_TILE, None, 1.0, ("entropy",))
+        ChunkedLogProbFunction.apply(*arguments)[0].sum().backward()
 
-    def ligers() -> None:
+    def score_with_ligers() -> None:
         nll, _ = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels, return_entropy=True)
         nll.sum().backward()
 
-    trls(), ligers()
-    times = _take_turns({"trl": trls, "liger": ligers}, rounds)
+    tasks = {"trl": score_with_trls, "liger": score_with_ligers}
+    _take_turns(tasks, 2)  # compiles the kernels
+    times = _take_turns(tasks, rounds)
     values = [a / b for a, b in zip(times["trl"], times["liger"], strict=True)]
-    return {name: statistics.median(seconds) for name, seconds in times.items()} | {
-        "ratio": _ratio(f"{num_tokens:,} tokens: TRL's head / Liger's", values)
-    }
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {**medians, "ratio": _ratio(f"TRL's / Liger's, {num_tokens:,} tokens", values)}
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """What was measured, and what came of the targets."""
-    measured = Table("workload", "method", "ms", "pairs/s", "collation ms", "peak MB", "tokens", title="One step")
+    """What came of the targets, and the times that the ratios are of.
+
+    Args:
+        results: What `run` returned.
+    """
     targets = Table("workload", "ratio", "measured", "quartiles", "target", "met", title="Ratios")
+    measured = Table("workload", "method", "micro-batches", "ms", "pairs/s", title="One step")
+    for column in ("collation ms", "peak MB", "tokens"):
+        measured.add_column(column)
     for result in results["workloads"]:
-        name = f"{result['workload']} ({result['shape']})"
+        name = f"{result['workload']}, {result['shape']}"
+        _add_ratios(targets, name, result["ratios"])
         for method, found in result["methods"].items():
             measured.add_row(name, method, *_cells(found))
             name = ""
         measured.add_section()
-        _add_ratios(targets, f"{result['workload']} ({result['shape']})", result["ratios"])
     if results["heads"]:
         _add_ratios(targets, "head", [results["heads"]["ratio"]])
     else:
-        targets.add_row("head", "TRL's / Liger's", "not run: no GPU", "", "", "")
-        targets.add_row("attention", "SDPA / FlexAttention", "not run: no GPU", "", "", "")
+        targets.add_row("head", "TRL's / Liger's", "not run: no GPU")
+        targets.add_row("attention", "SDPA / FlexAttention", "not run: no GPU")
     return [measured, targets]
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
     collation, peak = found["collation_seconds"], found["peak_bytes"]
     return [
+        str(found["micro_batches"]),
         f"{1000 * found['seconds']:,.0f}",
         f"{found['pairs_per_second']:.2f}",
         "" if collation is None else f"{1000 * collation:,.1f}",
@@ -374,7 +293,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _add_ratios(table: Table, name: str, ratios: list[dict[str, Any]]) -> None:
+def _add_ratios(table: Table, name: str, ratios: Sequence[dict[str, Any]]) -> None:
     for ratio in ratios:
         least, most = ratio["at_least"], ratio["at_most"]
         target = f">= {least:g}" if least is not None else f"<= {most:g}" if most is not None else ""
@@ -385,50 +304,47 @@ def _add_ratios(table: Table, name: str, ratios: list[dict[str, Any]]) -> None:
     table.add_section()
 
 
-def run(all_workloads: Sequence[Workload], sizes: Sizes, *, rounds: int) -> dict[str, Any]:
-    """Measures everything.
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, as CUDA's allocator does.
 
-    Args:
-        all_workloads: Of `models.workloads`.
-        sizes: Of the model.
-        rounds: Turns of each method.
-
-    Returns:
-        `machine`, `workloads` and `heads`, as plain values.
+    It maps blocks above 32 MB anew each time and pays for every page of them, a third of a step at these sizes: a
+    method whose largest block is just below would win by that alone.
     """
-    has_gpu = torch.cuda.is_available()
-    machine = {
-        "processor": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": "bfloat16" if has_gpu else "float32",
-        **{module.__name__: module.__version__ for module in (torch, transformers, trl)},
-        "model": sizes._asdict(),
-    }
-    found = [measure(workload, sizes, rounds=rounds) for workload in all_workloads]
-    heads = measure_heads(sizes, 2 * all_workloads[0].response, rounds=rounds) if has_gpu else None
-    return {"machine": machine, "workloads": found, "heads": heads}
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _be_quiet() -> None:
+    """No progress bars, and no advice of libraries to those who wrote other libraries."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed warns
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under five minutes on two cores")
-    parser.add_argument("--rounds", type=int, help="turns of each method (default 9; with --quick 5)")
+    parser.add_argument("--rounds", type=int, help=f"turns of each method (default {ROUNDS}, quick {QUICK_ROUNDS})")
     parser.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    datasets.disable_progress_bars()
+    _be_quiet()
+    _keep_freed_memory()
     if torch.cuda.is_available():
-        shapes = [*workloads(1500, 350, 5), workloads(3328, 400, 12)[0]]
-        sizes = LARGE
+        shapes, sizes = [*workloads(1500, 350, 5), workloads(3328, 400, 12)[0]], LARGE
     else:
         shapes, sizes = workloads(512, 128, 1), TOY
-    results = run(shapes, sizes, rounds=options.rounds or (5 if options.quick else 9))
+    results = run(shapes, sizes, rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS))
     console = Console()
-    console.print(results["machine"])
-    console.print(*tables(results), sep="\n")
+    console.width = max(120, console.width)  # or the tables are cut where the output is no terminal
+    console.print(", ".join(f"{name} {value}" for name, value in results["machine"].items() if name != "model"))
+    for table in tables(results):
+        console.print(table)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

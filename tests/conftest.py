@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test looks anything up
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this small are slower on several threads
 
 import pytest
 import yaml

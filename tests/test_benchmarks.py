@@ -1,0 +1,110 @@
+"""benchmarks/step.py runs, counts tokens as it should, and says what it measured; its figures are never asserted."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def step() -> Any:
+    """The script as a module, which finds `models.py` beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield import_module("step")
+        for name in ("step", "models"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def results(step: ModuleType) -> dict[str, Any]:
+    """Pictures of 4 tokens, prompts of 16 and responses of 8, through a model of one layer."""
+    models = sys.modules["models"]
+    sizes = models.Sizes(vocabulary=64, width=16, inner=32, layers=1, heads=2, tower=16, side=2)
+    with_pictures, dropout_ntp, pairs_of_a_question, text = models.workloads(16, 8, 1)
+    return step.run([with_pictures, dropout_ntp, pairs_of_a_question, text], sizes, rounds=1)
+
+
+def test_every_workload_is_measured_with_every_method(results: dict[str, Any]) -> None:
+    methods = {result["workload"]: list(result["methods"]) for result in results["workloads"]}
+    gpu = ["flex"] if torch.cuda.is_available() else []
+    assert methods == {
+        "pair": ["trl", "plain", "shared", "cached", *gpu, "floor"],
+        "dropout_ntp": ["trl", "plain", "shared", "cached", *gpu, "floor"],
+        "15_pairs": ["trl", "shared", "grouped", "cached", *gpu, "floor"],
+        "text": ["trl", "plain", "shared", "cached", "floor"],
+    }
+    assert json.loads(json.dumps(results)) == results
+
+
+@pytest.mark.parametrize(
+    ("workload", "tokens", "micro_batches"),
+    [
+        ("pair", {"trl": 2 * 24, "plain": 2 * 24, "shared": 16 + 2 * 8 + 1, "floor": 33}, 1),
+        ("dropout_ntp", {"trl": 2 * 24, "plain": 2 * 24, "shared": 16 + 4 + 2 * 4 + 1, "floor": 29}, 1),
+        ("15_pairs", {"trl": 15 * 48, "shared": 15 * 33, "grouped": 16 + 8 * 8 + 7}, 15),
+    ],
+)
+def test_tokens_are_those_of_the_rows_and_each_branch_has_one_copy(
+    results: dict[str, Any], workload: str, tokens: dict[str, int], micro_batches: int
+) -> None:
+    (result,) = (result for result in results["workloads"] if result["workload"] == workload)
+    assert {name: result["methods"][name]["tokens"] for name in tokens} == tokens
+    assert result["methods"]["trl"]["micro_batches"] == micro_batches
+    assert result["pairs"] == micro_batches
+
+
+def test_every_target_is_in_the_table_with_what_was_measured(step: ModuleType, results: dict[str, Any]) -> None:
+    targets = {
+        (result["workload"], ratio["what"]): ratio["at_least"] or ratio["at_most"]
+        for result in results["workloads"]
+        for ratio in result["ratios"]
+        if ratio["met"] is not None
+    }
+    assert targets == {
+        ("pair", "trl / shared"): 1.6,
+        ("pair", "shared / floor"): 1.15,
+        ("pair", "peak memory, shared / trl"): 0.85,
+        ("dropout_ntp", "trl / shared"): 1.8,
+        ("dropout_ntp", "shared / floor"): 1.15,
+        ("15_pairs", "trl / grouped"): 9.0,
+        ("15_pairs", "grouped / floor"): 1.15,
+        ("text", "trl / shared"): 0.95,
+        ("text", "shared / floor"): 1.15,
+    }
+    console = Console(width=150)
+    with console.capture() as captured:
+        console.print(*step.tables(results))
+    shown = captured.get()
+    assert "15_pairs, 16 + 8" in shown
+    assert ">= 1.6" in shown
+    assert "reference pass, trl / grouped" in shown
+    if not torch.cuda.is_available():
+        assert "not run: no GPU" in shown
+
+
+def test_a_ratio_has_a_median_quartiles_and_a_verdict(step: ModuleType) -> None:
+    ratio = step._ratio("a / b", [1.0, 2.0, 3.0, 4.0, 5.0], at_least=3.5)
+    assert (ratio["low"], ratio["median"], ratio["high"], ratio["met"]) == (2.0, 3.0, 4.0, False)
+    assert step._ratio("a / b", [3.0], at_most=3.0)["met"] is True
+    assert step._ratio("a / b", [3.0])["met"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts a CPU's memory")
+def test_peak_memory_counts_what_lives_at_the_same_time(step: ModuleType) -> None:
+    def compute() -> None:
+        first = torch.ones(1_000_000)  # 4 MB
+        second = first + 1
+        del first
+        third = second.repeat(2)
+        del second, third
+
+    assert step.peak_of(compute) == pytest.approx(12_000_000, rel=1e-3)
