@@ -6,20 +6,20 @@ shared prefixes once). Both have a `completion_mask` with one row per response, 
 Shapes: B pairs, 2B rows with the chosen responses first; T tokens. Log-probabilities are in nats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mpo.forest_inputs import forest_inputs
+from mpo.forest_inputs import MADE, forest_inputs
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of a data set or batch: one number per pair
 NUM_PAIRS = "num_pairs"  # in a batch: how many of its pairs count, the first ones
 
 _OF_A_FOREST = ("places", "lengths", "positions", "last", "shift_labels", "tree", "root_ids", "root_mask")
 _NOT_FOR_THE_MODEL = {
-    *("completion_mask", NUM_PAIRS, "root_mm_token_type_ids"),
+    *("completion_mask", NUM_PAIRS, MADE, "root_mm_token_type_ids"),
     *REF_COLUMNS,
     *_OF_A_FOREST,
 }
@@ -64,7 +64,7 @@ def is_forest(batch: Mapping[str, Any]) -> bool:
     return "last" in batch
 
 
-def score_tokens(model: nn.Module, base: nn.Module, batch: Mapping[str, Any], **extra: Any) -> TokenScores:
+def score_tokens(model: nn.Module, base: nn.Module, batch: MutableMapping[str, Any], **extra: Any) -> TokenScores:
     """One forward of a model with TRL's fused head.
 
     Args:
