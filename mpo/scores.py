@@ -6,12 +6,14 @@ shared prefixes once). Both have a `completion_mask` with one row per response, 
 Shapes: B pairs, 2B rows with the chosen responses first; T tokens. Log-probabilities are in nats.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mpo.forest import NO_LABEL
 from mpo.forest_inputs import MADE, forest_inputs
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of a data set or batch: one number per pair
@@ -73,11 +75,13 @@ def score_tokens(model: nn.Module, base: nn.Module, batch: MutableMapping[str, A
         batch: Plain or a forest.
         **extra: More arguments of the forward.
     """
-    width = batch["completion_mask"].size(1) - 1
-    inputs = model_inputs(batch)
+    inputs, mask = model_inputs(batch), batch["completion_mask"][:, 1:]
     if is_forest(batch):
+        scored = batch["shift_labels"] != NO_LABEL  # (R, L)
         inputs |= forest_inputs(base, batch)
-        outputs = model(**inputs, **extra, shift_labels=batch["shift_labels"], fused_lm_head=True)
+        with _only_at(scored, base.base_model):
+            outputs = model(**inputs, **extra, shift_labels=batch["shift_labels"][scored][None], fused_lm_head=True)
+        places = (scored.flatten().cumsum(0) - 1)[batch["places"]]  # (2B, T), among those that are scored
     else:
         outputs = model(**inputs, **extra, labels=_labels_of(batch), fused_lm_head=True)
 
@@ -85,11 +89,25 @@ def score_tokens(model: nn.Module, base: nn.Module, batch: MutableMapping[str, A
         if values is None:
             return None
         if is_forest(batch):
-            return values.flatten()[batch["places"]] * batch["completion_mask"][:, 1:]
-        return values[:, -width:]  # prompt-learning adapters put virtual tokens in front
+            return values.flatten()[places] * mask
+        return values[:, -mask.size(1) :]  # prompt-learning adapters put virtual tokens in front
 
     names = ("log_probs", "entropy", "mean_logits", "is_top1")
     return TokenScores(*(of_responses(getattr(outputs, name)) for name in names), outputs.aux_loss)
+
+
+@contextmanager
+def _only_at(scored: Tensor, backbone: nn.Module) -> Iterator[None]:
+    """Hands the head the hidden states that are scored: without Triton, TRL's head scores prompts too."""
+
+    def select(module: nn.Module, arguments: Any, outputs: Any) -> None:
+        outputs.last_hidden_state = outputs.last_hidden_state[scored][None]
+
+    handle = backbone.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def sequence_logps(token_logps: Tensor, mask: Tensor, ld_alpha: float | None = None) -> Tensor:
