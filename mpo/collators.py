@@ -8,9 +8,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from trl import DPOConfig
-from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
+from trl.data_utils import is_conversational
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from mpo.lengths import rendered
 from mpo.overlong import check_batch
 from mpo.scores import NUM_PAIRS, REF_COLUMNS
 
@@ -71,9 +72,7 @@ class PreferenceCollator(DataCollatorForVisionPreference):
         row = {"prompt": [{"role": "user", "content": "."}]}
         row |= {name: [{"role": "assistant", "content": "."}] for name in ("chosen", "rejected")}
         if not is_conversational(like):
-            messages = {name: prepare_multimodal_messages(turns) for name, turns in row.items() if name != "prompt"}
-            messages["prompt"] = prepare_multimodal_messages(row["prompt"], images=[self.stand_in])
-            row = apply_chat_template(messages, self.processor)
+            row = rendered(row, 1, self.processor)
         return {**row, **({"image": self.stand_in} if "image" in like else {"images": [self.stand_in]})}
 
 
@@ -99,17 +98,17 @@ def picture_collator(processor: Any, args: DPOConfig, dataset: Any) -> Preferenc
         processor=processor,
         max_length=args.max_length,
         pad_to_multiple_of=args.pad_to_multiple_of,
-        stand_in=first_picture(dataset) if shards_the_model(args) else None,
+        stand_in=_first_picture(dataset) if _shards_the_model(args) else None,
     )
 
 
-def shards_the_model(args: DPOConfig) -> bool:
+def _shards_the_model(args: DPOConfig) -> bool:
     """Whether several ranks share one model, and so have to run the same modules."""
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return args.world_size > 1 and bool(args.deepspeed_plugin or fsdp)
 
 
-def first_picture(dataset: Any) -> Any:
+def _first_picture(dataset: Any) -> Any:
     """The first picture of a data set; None without any."""
     pictures = ([row["image"]] if "image" in row else row["images"] for row in dataset)
     return next((found[0] for found in pictures if found and found[0] is not None), None)

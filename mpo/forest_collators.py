@@ -19,9 +19,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
-from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
 from mpo import forest
+from mpo.lengths import rendered
 from mpo.overlong import check_batch
 from mpo.scores import REF_COLUMNS
 
@@ -109,7 +109,7 @@ class ForestCollator:
         keys = [pictures.keys_of(row) for row in examples]
         if self.stand_in is not None and not any(keys):
             return self._with_stand_in(examples)
-        texts = [_rendered(row, len(key), self.processor) for row, key in zip(examples, keys, strict=True)]
+        texts = [rendered(row, len(key), self.processor) for row, key in zip(examples, keys, strict=True)]
         prompts, given = self._prompts([text["prompt"] for text in texts], keys, pictures)
         responses = self._responses([text[name] for name in ("chosen", "rejected") for text in texts])
         sequences = [
@@ -133,14 +133,9 @@ class ForestCollator:
         column = {"image": self.stand_in} if "image" in examples[0] else {"images": [self.stand_in]}
         batch = self([*examples, {**row, **column, **dict.fromkeys(REF_COLUMNS, 0.0)}])
         size = len(examples)
-        for name in ("completion_mask", "places", "lengths", *REF_COLUMNS):
-            if name in batch and name not in REF_COLUMNS:
-                batch[name] = torch.cat([batch[name][:size], batch[name][size + 1 : -1]])
-            elif name in examples[0]:
-                batch[name] = batch[name][:size]
-            else:
-                batch.pop(name, None)
-        return batch
+        for name in ("completion_mask", "places", "lengths"):
+            batch[name] = torch.cat([batch[name][:size], batch[name][size + 1 : -1]])
+        return batch | _references(examples)
 
     def _prompts(
         self, texts: Sequence[str], keys: Sequence[tuple[str, ...]], pictures: "_Pictures"
@@ -237,16 +232,6 @@ def _stored(picture: Any) -> dict[str, Any]:
 def _place(picture: Any) -> Any:
     stored = _stored(picture)
     return stored["path"] if stored.get("bytes") is None else hashlib.blake2b(stored["bytes"]).digest()
-
-
-def _rendered(row: dict[str, Any], num_pictures: int, processor: ProcessorMixin) -> dict[str, str]:
-    """Prompt and responses as the texts that TRL's collator makes of them."""
-    texts = {name: row[name] for name in _ROLES}
-    if not is_conversational(texts):
-        return texts
-    messages = {name: prepare_multimodal_messages(turns) for name, turns in texts.items() if name != "prompt"}
-    messages["prompt"] = prepare_multimodal_messages(texts["prompt"], images=[None] * num_pictures)
-    return apply_chat_template(messages | {"chat_template_kwargs": row.get("chat_template_kwargs") or {}}, processor)
 
 
 def _check_cut(

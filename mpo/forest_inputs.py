@@ -8,7 +8,7 @@ Shapes: R rows, L tokens in the longest row, M trees.
 """
 
 import inspect
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ _SHOWN_EXACT = {
 }
 _LAYERS = {"full_attention", "sliding_attention"}
 _BACKENDS = {"sdpa", "eager", "flex_attention"}
-MADE = "made_inputs"  # in a batch: what was made of it, and for which model
 FLEX_BLOCK = 128  # tokens that FlexAttention takes or leaves together
 
 
@@ -47,23 +46,18 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def forest_inputs(model: PreTrainedModel, batch: MutableMapping[str, Any]) -> dict[str, Any]:
+def forest_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Masks and positions for one forward of a model over a forest.
 
     Args:
         model: Without wrappers of DDP, DeepSpeed or PEFT.
         batch: Of a forest collator: `input_ids`, `positions`, `last`, (R, L) each; for Qwen-VL and Gemma3 what
-            `root_*` and `token_type_ids` say of pictures. What was made is kept in it, for the reference model.
+            `root_*` and `token_type_ids` say of pictures.
 
     Returns:
         `attention_mask` and `position_ids`.
     """
-    text = model.config.get_text_config()
-    made_for = (type(model), text._attn_implementation, model.dtype)
-    if batch.get(MADE, (None,))[0] != made_for:
-        inputs = {"attention_mask": _masks(model, batch), "position_ids": _positions(model, batch)}
-        batch[MADE] = (made_for, inputs)
-    return dict(batch[MADE][1])
+    return {"attention_mask": _masks(model, batch), "position_ids": _positions(model, batch)}
 
 
 def _masks(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:

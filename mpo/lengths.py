@@ -159,7 +159,7 @@ def _count_batch(rows: Sequence[Row], pictures: "_Pictures", *, first_row: int) 
         try:
             found = row["pictures"] if isinstance(row["pictures"], list) else [row["pictures"]]
             sizes = [picture_size(picture) for picture in found if picture is not None]
-            example = _render(row, len(sizes), pictures.processor)
+            example = rendered(row, len(sizes), pictures.processor)
             prompt, num_hidden, num_image = pictures.expand(example["prompt"], sizes)
             texts += [prompt, *(pictures.expand(example[name], [])[0] for name in ("chosen", "rejected"))]
         except (ValueError, TemplateError) as error:
@@ -172,8 +172,8 @@ def _count_batch(rows: Sequence[Row], pictures: "_Pictures", *, first_row: int) 
     ]
 
 
-def _render(row: Row, num_pictures: int, processor: ProcessorMixin) -> Row:
-    """Prompt and responses as the text that TRL's collator makes of them."""
+def rendered(row: Row, num_pictures: int, processor: ProcessorMixin) -> Row:
+    """Prompt and responses as the texts that TRL's collator makes of them."""
     texts = {name: row[name] for name in _TEXTS}
     if not is_conversational(texts):
         return texts

@@ -79,12 +79,12 @@ def fit_to_length(
         row = int(unfit.argmax())
         found = _complaint(lengths, row, max_length, f"{unfit.sum():,} of {unfit.size:,} rows")
         drop = "" if unfit.all() else " Or set `overlong: drop` to train on the other rows."
-        raise InputError(f"{name} data: row {label_of(row, identity_of(dataset, row))} has {found}{drop}")
+        raise InputError(f"{name} data: row {label_of(row, _identity(dataset, row))} has {found}{drop}")
     dropped = []
     for row in np.flatnonzero(unfit).tolist():
         counts = {part: int(column[row]) for part, column in lengths._asdict().items()}
         reason = "a response is empty" if empty[row] else "pictures would be cut or nothing of a response left"
-        dropped.append({"row": row, **identity_of(dataset, row), **counts, "reason": reason})
+        dropped.append({"row": row, **_identity(dataset, row), **counts, "reason": reason})
     kept = dataset.select(np.flatnonzero(~unfit)) if dropped else dataset
     return kept, FitReport(name, max_length, unfit.size, dropped, num_cut)
 
@@ -137,6 +137,6 @@ def check_batch(
     raise InputError(f"pair {pair} of this batch{name} has {found}")
 
 
-def identity_of(dataset: Dataset, row: int) -> Row:
+def _identity(dataset: Dataset, row: int) -> Row:
     """What the data set calls a row, if it has a column `id`."""
     return dataset.select_columns(["id"])[row] if "id" in dataset.column_names else {}

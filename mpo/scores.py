@@ -6,7 +6,7 @@ shared prefixes once). Both have a `completion_mask` with one row per response, 
 Shapes: B pairs, 2B rows with the chosen responses first; T tokens. Log-probabilities are in nats.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mpo.forest import NO_LABEL
-from mpo.forest_inputs import MADE, forest_inputs
+from mpo.forest_inputs import forest_inputs
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of a data set or batch: one number per pair
 NUM_PAIRS = "num_pairs"  # in a batch: how many of its pairs count, the first ones
 
 _OF_A_FOREST = ("places", "lengths", "positions", "last", "shift_labels", "tree", "root_ids", "root_mask")
 _NOT_FOR_THE_MODEL = {
-    *("completion_mask", NUM_PAIRS, MADE, "root_mm_token_type_ids"),
+    *("completion_mask", NUM_PAIRS, "root_mm_token_type_ids"),
     *REF_COLUMNS,
     *_OF_A_FOREST,
 }
@@ -66,7 +66,7 @@ def is_forest(batch: Mapping[str, Any]) -> bool:
     return "last" in batch
 
 
-def score_tokens(model: nn.Module, base: nn.Module, batch: MutableMapping[str, Any], **extra: Any) -> TokenScores:
+def score_tokens(model: nn.Module, base: nn.Module, batch: Mapping[str, Any], **extra: Any) -> TokenScores:
     """One forward of a model with TRL's fused head.
 
     Args:

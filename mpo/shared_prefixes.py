@@ -5,7 +5,6 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List
 
-from mpo.collators import first_picture, shards_the_model
 from mpo.forest_collators import ForestCollator, TextForestCollator
 from mpo.forest_inputs import FLEX_BLOCK, why_not
 from mpo.groups import GroupedSampler, question_keys
@@ -43,7 +42,7 @@ class SharesPrefixes:
                 max_length=self.args.max_length,
                 **rows,
                 image_token_id=base.config.image_token_id,
-                stand_in=first_picture(self.train_dataset) if shards_the_model(self.args) else None,
+                stand_in=self.data_collator.stand_in,
                 decoder=_picture_feature(self.train_dataset) or Image(mode="RGB"),
             )
             self.train_dataset = undecoded(self.train_dataset)
