@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mpo import forest_attention
 from mpo.forest import visible
 
 # Their texts are one causal sequence whose pictures stand in for tokens, and nothing else looks at places in the row.
@@ -24,6 +25,7 @@ _SHOWN_EXACT = {
 }
 _LAYERS = {"full_attention", "sliding_attention"}
 _BACKENDS = {"sdpa", "eager", "flex_attention"}
+_TAKES_BOOLS = {"sdpa", forest_attention.NAME}
 FLEX_BLOCK = 128  # tokens that FlexAttention takes or leaves together
 
 
@@ -36,7 +38,9 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"{text.model_type} has layers that carry a state from token to token"
     if others := sorted(set(getattr(text, "layer_types", None) or []) - _LAYERS):
         return f"{text.model_type} has layers of {', '.join(others)}"
-    if text._attn_implementation not in _BACKENDS:
+    if getattr(text, "use_bidirectional_attention", False):
+        return f"{text.model_type} lets tokens see later ones"
+    if text._attn_implementation not in _BACKENDS | _TAKES_BOOLS:
         return (
             f"`attn_implementation` {text._attn_implementation!r} takes no mask for trees; use one of "
             f"{', '.join(sorted(_BACKENDS))}"
@@ -85,7 +89,7 @@ def _mask(
     if window is not None:
         seen = seen & (positions[:, None] > positions[:, :, None] - window)
     seen = seen[:, None]  # one for all heads
-    if backend == "sdpa":
+    if backend in _TAKES_BOOLS:
         return seen
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 

@@ -86,7 +86,7 @@ class CachesItsReference:
             )
         columns = fill(
             cache,
-            dataset,
+            self._for_collator(dataset),
             self._reference_of,
             accelerator=self.accelerator,
             name=name,

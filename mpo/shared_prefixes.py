@@ -5,6 +5,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List
 
+from mpo.forest_attention import use_forest_attention
 from mpo.forest_collators import ForestCollator, TextForestCollator
 from mpo.forest_inputs import FLEX_BLOCK, why_not
 from mpo.groups import GroupedSampler, question_keys
@@ -34,6 +35,9 @@ class SharesPrefixes:
             return
         self.shares_prefixes, self._row_collator = True, self.data_collator
         base = base_of(self.model)
+        use_forest_attention(base)
+        if self.ref_model is not None:
+            use_forest_attention(base_of(self.accelerator.unwrap_model(self.ref_model)))
         flex = base.config.get_text_config()._attn_implementation == "flex_attention"
         rows = {"max_forest_tokens": self.args.max_forest_tokens, "multiple_of": FLEX_BLOCK if flex else 1}
         if self._has_pictures:
@@ -45,7 +49,6 @@ class SharesPrefixes:
                 stand_in=self.data_collator.stand_in,
                 decoder=_picture_feature(self.train_dataset) or Image(mode="RGB"),
             )
-            self.train_dataset = undecoded(self.train_dataset)
         else:
             self.data_collator = TextForestCollator(
                 pad_token_id=self._tokenizer.pad_token_id,
@@ -65,6 +68,14 @@ class SharesPrefixes:
         if is_peft_model(self.model) and any(c.is_prompt_learning for c in self.model.peft_config.values()):
             return "prompt-learning adapters put virtual tokens in front of rows"
         return why_not(base_of(self.model))
+
+    def _get_dataloader(self, dataset: Any, *others: Any, **kwargs: Any) -> Any:
+        """Transformers' seam for what all loaders read."""
+        return super()._get_dataloader(self._for_collator(dataset), *others, **kwargs)
+
+    def _for_collator(self, dataset: Any) -> Any:
+        """The rows as the collator in use takes them best: closed files of pictures for forests."""
+        return undecoded(dataset) if isinstance(self.data_collator, ForestCollator) else dataset
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Transformers' seam for `predict`, which returns the logits of plain rows."""

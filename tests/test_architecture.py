@@ -44,6 +44,7 @@ FLOORS = {
     "mpo.tiling": 3,
     "mpo.config": 3,
     "mpo.settings": 3,
+    "mpo.forest_attention": 3,
     "mpo.forest_inputs": 4,
     "mpo.scores": 5,
     "mpo.pictures": 3,
