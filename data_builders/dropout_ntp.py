@@ -8,12 +8,14 @@ Source: section 3.2 of https://arxiv.org/abs/2411.10442.
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from data_builders.engine import chunks_of_rows, count_by_source, drop_note, run_step
+from data_builders.backends import SamplerConfig, open_sampler
+from data_builders.engine import EngineConfig, chunks_of_rows, count_by_source, drop_note, run_step
 from data_builders.images import check_images
 from data_builders.records import InputError, Response, Row, Summary
-from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
+from data_builders.samplers import Completion, Request, Sampler, SamplingSettings
 from data_builders.shards import claim_folder
 
 _WORD = re.compile(
@@ -21,30 +23,17 @@ _WORD = re.compile(
 )
 
 
-@dataclass
-class DropoutNTPConfig:
-    """Settings of `mpo dropout-ntp`."""
+@dataclass(kw_only=True)
+class DropoutNTPConfig(EngineConfig, SamplerConfig):
+    """Settings of `mpo dropout-ntp`; the model is the one that made the responses."""
 
-    model: str = field(metadata={"help": "The model that made the responses."})
     responses: str = field(metadata={"help": "Responses: a JSONL file or a folder of shards."})
-    output: str = field(metadata={"help": "Folder for the pair shards."})
-    image_root: str = field(default=".", metadata={"help": "Folder that image paths are relative to."})
     ratio: float = field(default=0.5, metadata={"help": "Share of the response's tokens that is kept (paper: 0.5)."})
     with_image: bool = field(default=False, metadata={"help": "Go on with the image instead, as a control."})
     answered_too: bool = field(
         default=False, metadata={"help": "Also take responses to questions with a known answer."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the continuation (paper: 1.0)."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
-    top_k: int = field(default=0, metadata={"help": "Keeps the k likeliest tokens; 0 keeps every token."})
-    max_new_tokens: int = field(default=4096, metadata={"help": "A longer continuation is cut off."})
-    seed: int = field(default=0, metadata={"help": "Same seed, same continuations."})
-    batch_size: int = field(default=64, metadata={"help": "Sequences generated at a time."})
     shard_size: int = field(default=1024, metadata={"help": "Responses per shard: what a killed run repeats at most."})
-    device: str | None = field(
-        default=None, metadata={"help": "Where the model runs; null takes a GPU if there is one."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Weights in this type; auto takes the model's own."})
 
 
 CONFIGS = (DropoutNTPConfig,)
@@ -58,23 +47,25 @@ def run(config: DropoutNTPConfig) -> Summary:
     """
     if not 0.0 <= config.ratio < 1.0:
         raise InputError(f"`ratio` must be at least 0 and below 1, got {config.ratio}: it is the share that is kept.")
-    source, output = Path(config.responses), Path(config.output)
+    source = Path(config.responses)
     chunks = chunks_of_rows(source, Response, config.shard_size)
     if config.with_image:
         check_images((row for chunk in chunks for row in chunk.rows()), Path(config.image_root))
-    drawing = SamplingSettings(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.seed)
-    sampler = HFSampler(
-        config.model,
-        image_root=Path(config.image_root),
-        batch_size=config.batch_size,
-        device=config.device,
-        dtype=config.dtype,
-    )
-    own = {"model": config.model, "ratio": config.ratio, "with_image": config.with_image}
-    own |= {"answered_too": config.answered_too, "shard_size": config.shard_size}
-    claim_folder(output, {**own, **asdict(drawing)}, [source, Path(config.model)])
-    run_step(lambda rows: continue_rows(rows, sampler, drawing, config), chunks, output, title="dropout-ntp")
+    own = {"ratio": config.ratio, "with_image": config.with_image, "answered_too": config.answered_too}
+    settings = config.provenance() | own | {"shard_size": config.shard_size}
+    claim_folder(Path(config.output), settings, [source, *config.model_paths()])
+    run_step(partial(_Continuing, config), chunks, config, title="dropout-ntp")
     return _summary(config)
+
+
+class _Continuing:
+    """The step: response rows to pair rows."""
+
+    def __init__(self, config: DropoutNTPConfig) -> None:
+        self.config, self.sampler = config, open_sampler(config)
+
+    def __call__(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        return continue_rows(rows, self.sampler, self.config.drawing(), self.config)
 
 
 def cut_response(response: str, *, ratio: float = 0.5, ends: Sequence[int] | None = None) -> str:

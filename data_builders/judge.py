@@ -1,10 +1,11 @@
 """`mpo judge`: compares the final answer of every response with the true one."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_builders.engine import chunks_of_shards, count_by_source, drop_note, run_step
+from data_builders.engine import EngineConfig, chunks_of_rows, count_by_source, drop_note, run_step
 from data_builders.records import Response, Row, Summary
 from data_builders.shards import claim_folder
 from data_builders.verify import judge_response
@@ -12,18 +13,18 @@ from data_builders.verify import judge_response
 VERDICTS = ("correct", "wrong", "no_answer")
 
 
-@dataclass
-class JudgeConfig:
+@dataclass(kw_only=True)
+class JudgeConfig(EngineConfig):
     """Settings of `mpo judge`."""
 
     responses: str = field(metadata={"help": "Responses: a JSONL file or a folder of shards."})
-    output: str = field(metadata={"help": "Folder for the verdict shards."})
     kind: Literal["auto", "choice", "yes_no", "number", "relaxed", "math", "text", "anls"] = field(
         default="auto", metadata={"help": "How answers are compared; auto chooses by the answer."}
     )
     style: Literal["auto", "final_answer", "boxed", "think", "direct"] = field(
         default="auto", metadata={"help": "Where the final answer stands; auto looks in all these places."}
     )
+    shard_size: int = field(default=8192, metadata={"help": "Responses per shard: what a killed run repeats at most."})
 
 
 CONFIGS = (JudgeConfig,)
@@ -35,11 +36,22 @@ def run(config: JudgeConfig) -> Summary:
     Raises:
         InputError: The responses are missing or broken, or the folder holds other work.
     """
-    source, output = Path(config.responses), Path(config.output)
-    chunks = chunks_of_shards(source, Response)
-    claim_folder(output, {"kind": config.kind, "style": config.style}, [source])
-    run_step(lambda rows: judge_rows(rows, kind=config.kind, style=config.style), chunks, output, title="judging")
+    source = Path(config.responses)
+    chunks = chunks_of_rows(source, Response, config.shard_size)
+    settings = {"kind": config.kind, "style": config.style, "shard_size": config.shard_size}
+    claim_folder(Path(config.output), settings, [source])
+    run_step(partial(_Judging, config), chunks, config, title="judging")
     return _summary(config)
+
+
+class _Judging:
+    """The step: response rows to verdict rows."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+
+    def __call__(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        return judge_rows(rows, kind=self.config.kind, style=self.config.style)
 
 
 def judge_rows(rows: list[Row], *, kind: str = "auto", style: str = "auto") -> tuple[list[Row], list[Row]]:

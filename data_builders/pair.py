@@ -19,14 +19,13 @@ from data_builders.shards import claim_folder, read_rows, shard_paths
 _META = ("sampler", "finish_reason", "verdict", "prediction", "rule")
 
 
-@dataclass
-class PairConfig:
+@dataclass(kw_only=True)
+class PairConfig(EngineConfig):
     """Settings of `mpo pair`."""
 
     verdicts: str = field(
         metadata={"help": "Verdicts: a JSONL file or a folder of shards; a question stays in one shard."}
     )
-    output: str = field(metadata={"help": "Folder for the pair shards."})
     max_pairs: int = field(default=15, metadata={"help": "Pairs per question, at most (MMPR: 15)."})
     seed: int = field(default=0, metadata={"help": "Which pairs are taken where there are more."})
 

@@ -5,40 +5,29 @@ Questions in, one row per response out; a failed or truncated response is a row 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from data_builders.engine import chunks_of_rows, count_by_source, run_step
+from data_builders.backends import SamplerConfig, open_sampler
+from data_builders.engine import EngineConfig, chunks_of_rows, count_by_source, run_step
 from data_builders.images import check_images
 from data_builders.prompts import PromptStyle, prompt_style
 from data_builders.records import InputError, Question, Row, Summary
-from data_builders.samplers import Completion, HFSampler, Request, Sampler, SamplingSettings
+from data_builders.samplers import Completion, Request, Sampler, SamplingSettings
 from data_builders.shards import claim_folder
 
 
-@dataclass
-class SampleConfig:
+@dataclass(kw_only=True)
+class SampleConfig(EngineConfig, SamplerConfig):
     """Settings of `mpo sample`."""
 
-    model: str = field(metadata={"help": "Model folder or Hub name."})
     questions: str = field(metadata={"help": "Questions: a JSONL file or a folder of shards."})
-    output: str = field(metadata={"help": "Folder for the response shards."})
-    image_root: str = field(default=".", metadata={"help": "Folder that image paths are relative to."})
     prompt: str = field(
         default="final_answer",
         metadata={"help": "Prompt style: final_answer, boxed, direct, plain, or a .jinja file."},
     )
     num_responses: int = field(default=32, metadata={"help": "Responses per question (paper: up to 32)."})
-    temperature: float = field(default=1.0, metadata={"help": "0 is greedy (paper: 1.0)."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
-    top_k: int = field(default=0, metadata={"help": "Keeps the k likeliest tokens; 0 keeps every token."})
-    max_new_tokens: int = field(default=4096, metadata={"help": "Longer responses are cut and marked `length`."})
-    seed: int = field(default=0, metadata={"help": "Same seed, same responses."})
-    batch_size: int = field(default=64, metadata={"help": "Sequences generated at a time."})
     shard_size: int = field(default=256, metadata={"help": "Questions per shard: what a killed run repeats at most."})
-    device: str | None = field(
-        default=None, metadata={"help": "Where the model runs; null takes a GPU if there is one."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Weights in this type; auto takes the model's own."})
 
 
 CONFIGS = (SampleConfig,)
@@ -52,28 +41,25 @@ def run(config: SampleConfig) -> Summary:
     """
     if config.num_responses < 1:
         raise InputError(f"`num_responses` must be at least 1, got {config.num_responses}.")
-    questions, root = Path(config.questions), Path(config.image_root)
+    questions = Path(config.questions)
     style = prompt_style(config.prompt)
     chunks = chunks_of_rows(questions, Question, config.shard_size)
-    check_images((row for chunk in chunks for row in chunk.rows()), root)
-    drawing = SamplingSettings(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.seed)
-    sampler = HFSampler(
-        config.model, image_root=root, batch_size=config.batch_size, device=config.device, dtype=config.dtype
-    )
-    output = Path(config.output)
-    claim_folder(
-        output,
-        {"model": config.model, "prompt": _name(style), "num_responses": config.num_responses, **asdict(drawing)}
-        | {"shard_size": config.shard_size},
-        [questions, Path(config.model)],
-    )
-    run_step(
-        lambda rows: (sample_responses(rows, sampler, style, config.num_responses, drawing), []),
-        chunks,
-        output,
-        title="sampling",
-    )
+    check_images((row for chunk in chunks for row in chunk.rows()), Path(config.image_root))
+    settings = {"prompt": _name(style), "num_responses": config.num_responses, "shard_size": config.shard_size}
+    claim_folder(Path(config.output), config.provenance() | settings, [questions, *config.model_paths()])
+    run_step(partial(_Sampling, config), chunks, config, title="sampling")
     return _summary(config)
+
+
+class _Sampling:
+    """The step: question rows to response rows."""
+
+    def __init__(self, config: SampleConfig) -> None:
+        self.sampler, self.style = open_sampler(config), prompt_style(config.prompt)
+        self.num, self.settings = config.num_responses, config.drawing()
+
+    def __call__(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        return sample_responses(rows, self.sampler, self.style, self.num, self.settings), []
 
 
 def sample_responses(

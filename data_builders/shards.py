@@ -4,17 +4,31 @@ A stage of the pipeline is a folder of shards (`00000.jsonl`, `00001.jsonl`, ...
 name and renamed when it is whole, so a shard that exists is complete and a killed run goes on after the last one.
 """
 
+import codecs
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_builders.records import InputError, Record, Row, check_row
 
 SETTINGS_FILE = "settings.json"
+_BLANK = b" \t\r\n\f\v" + codecs.BOM_UTF8
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands in a file: its line, from 1 on, and the byte at which that starts."""
+
+    line: int = 1
+    byte: int = 0
+
+
+_FIRST = Place()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,23 +64,33 @@ def read_rows(path: Path, model: type[Record] | None = None) -> Iterator[Row]:
     Raises:
         InputError: The file is missing, or a line is not JSON or lacks a field; the message has the line number.
     """
+    return (row for _, row in read_placed_rows(path, model))
+
+
+def read_placed_rows(
+    path: Path, model: type[Record] | None = None, start: Place = _FIRST
+) -> Iterator[tuple[Place, Row]]:
+    """The rows of one JSONL file from a place on, each with its own place; otherwise as `read_rows`."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _parse(line, model, f"{path}, line {number}")
+        with path.open("rb") as file:
+            byte = file.seek(start.byte)
+            for number, line in enumerate(file, start.line):
+                if line.strip(_BLANK):
+                    yield Place(number, byte), _parse(line, model, f"{path}, line {number}")
+                byte += len(line)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); is it a JSONL file?") from error
 
 
-def _parse(line: str, model: type[Record] | None, where: str) -> Row:
+def _parse(line: bytes, model: type[Record] | None, where: str) -> Row:
     try:
-        row = json.loads(line)
+        text = line.removeprefix(codecs.BOM_UTF8).decode()
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text ({error}); is it a JSONL file?") from error
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{where}: not a JSON object ({error.msg} at column {error.colno}): {line.strip()[:80]!r}. Each line must "
+            f"{where}: not a JSON object ({error.msg} at column {error.colno}): {text.strip()[:80]!r}. Each line must "
             "be one whole JSON object; was the file cut off, or is it one big JSON array?"
         ) from error
     if model is not None:

@@ -7,17 +7,19 @@ Decoding is greedy. Intervals are 95% bootstrap intervals over questions; models
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from data_builders.engine import chunks_of_rows, run_step
+from data_builders.engine import EngineConfig, chunks_of_rows, run_step
+from data_builders.hf_sampler import HFSampler, load_processor
 from data_builders.images import check_images
 from data_builders.judge import judge_rows
 from data_builders.prompts import prompt_style
 from data_builders.records import InputError, Question, Row, Summary
 from data_builders.sample import sample_responses
-from data_builders.samplers import HFSampler, SamplingSettings, load_processor
+from data_builders.samplers import SamplingSettings
 from data_builders.shards import claim_folder, read_rows, read_stage, write_rows, write_text
 
 ALL = "all"
@@ -95,25 +97,26 @@ def _check_answers(rows: list[Row]) -> None:
 
 def _answer(name: str, model: str, config: EvalConfig) -> list[Row]:
     """Judged answers of one model in all prompt styles; parts that are there already are not made again."""
-    sampler: list[HFSampler] = []  # loaded when the first part is missing
+
+    @cache
+    def sampler() -> HFSampler:
+        """Loaded when the first part is missing, and once for all styles."""
+        root = Path(config.image_root)
+        return HFSampler(
+            model, image_root=root, batch_size=config.batch_size, device=config.device, dtype=config.dtype
+        )
 
     def answer(rows: list[Row], style: str) -> tuple[list[Row], list[Row]]:
-        if not sampler:
-            root = Path(config.image_root)
-            sampler.append(
-                HFSampler(
-                    model, image_root=root, batch_size=config.batch_size, device=config.device, dtype=config.dtype
-                )
-            )
         greedy = SamplingSettings(temperature=0.0, max_new_tokens=config.max_new_tokens)
-        judged, unknown = judge_rows(sample_responses(rows, sampler[0], prompt_style(style), 1, greedy))
+        judged, unknown = judge_rows(sample_responses(rows, sampler(), prompt_style(style), 1, greedy))
         return [{"model": name, "style": style, **row} for row in judged], unknown
 
     answers = []
     for style in config.prompts:
         folder = Path(config.output) / "parts" / f"{name}-{style}"
         chunks = chunks_of_rows(Path(config.questions), Question, config.shard_size)
-        run_step(lambda rows, style=style: answer(rows, style), chunks, folder, title=f"{name}, {style}")
+        step = partial(answer, style=style)
+        run_step(lambda step=step: step, chunks, EngineConfig(output=str(folder)), title=f"{name}, {style}")
         answers += [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
     return answers
 

@@ -1,6 +1,6 @@
 """Vision-language models: their parts, and which of them are trained. The only place that knows model families.
 
-Loading goes through the Auto classes (`data_builders.samplers`), which know every family that transformers does.
+Loading goes through the Auto classes (`data_builders.hf_sampler`), which know every family that transformers does.
 """
 
 import re
@@ -14,8 +14,8 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
+from data_builders.hf_sampler import load_model
 from data_builders.records import InputError
-from data_builders.samplers import load_model
 
 PARTS = ("vision", "projector", "llm")
 
@@ -74,7 +74,7 @@ def load_for_training(name: str, **settings: Any) -> nn.Module:
 
     Args:
         name: A Hub id or folder of a model, or a folder of a PEFT adapter.
-        **settings: Of `data_builders.samplers.load_model`.
+        **settings: Of `data_builders.hf_sampler.load_model`.
 
     Raises:
         InputError: It cannot be loaded.

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from data_builders.hf_sampler import load_processor
 from data_builders.records import InputError, Row
-from data_builders.samplers import load_processor
 from data_builders.shards import claim_folder
 from mpo.models import PARTS, load_for_training, train_parts
 from mpo.sources import local_path

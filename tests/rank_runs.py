@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoProcessor
 
-from data_builders.samplers import load_model
+from data_builders.hf_sampler import load_model
 from mpo import MPOConfig, MPOTrainer
 
 

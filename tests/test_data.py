@@ -20,9 +20,9 @@ from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from data_builders.hf_sampler import load_model
 from data_builders.images import load_image
 from data_builders.records import InputError, Row
-from data_builders.samplers import load_model
 from data_builders.shards import write_rows
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import preference_dataset, sft_dataset

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoProcessor
 
-from data_builders.samplers import load_model
+from data_builders.hf_sampler import load_model
 from data_builders.shards import read_rows, write_rows
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import preference_dataset

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoProcessor
 
-from data_builders.samplers import load_model
+from data_builders.hf_sampler import load_model
 from data_builders.shards import read_rows, write_rows
 from mpo import MPOConfig, MPOTrainer, reference_cache
 from mpo.cli import run_verb

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 
+from data_builders.hf_sampler import load_model
 from data_builders.records import InputError
-from data_builders.samplers import load_model
 from data_builders.shards import read_rows, write_rows
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import preference_dataset

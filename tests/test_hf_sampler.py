@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_builders.hf_sampler import HFSampler, load_model, load_processor
 from data_builders.records import InputError
-from data_builders.samplers import Completion, HFSampler, Request, SamplingSettings, load_model, load_processor
+from data_builders.samplers import Completion, Request, SamplingSettings
 from mpo import digits
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=8)

@@ -1,0 +1,81 @@
+"""Makes shards on a Ray cluster: the same files as in one process, since a shard depends on nothing but its rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_builders.records import InputError
+
+
+def make_on_ray(
+    make_shard: Callable[[Any, Any, Path], int],
+    make_step: Callable[[], Any],
+    chunks: Sequence[Any],
+    output: Path,
+    *,
+    address: str,
+    workers: int,
+    gpus_per_worker: float,
+) -> Iterator[int]:
+    """Makes the shards, and gives the size of each chunk when it is done.
+
+    Ray starts a lost worker again and repeats its chunk.
+
+    Args:
+        make_shard: A step, a chunk and a folder to a shard in it and the size of the chunk.
+        make_step: Makes the step, once in each worker.
+        chunks: The work.
+        output: The folder, which all machines must see.
+        address: Of the cluster; `local` starts one on this machine.
+        workers: How many work at a time, at most.
+        gpus_per_worker: What each takes of the cluster's GPUs.
+
+    Raises:
+        InputError: Ray is not installed, there is no such cluster, or a step refused its rows.
+    """
+    ray = _connect(address, workers)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.enable_operator_progress_bars = False
+    indices = ray.data.from_items([{"chunk": i} for i in range(len(chunks))], override_num_blocks=len(chunks))
+    made = indices.map(
+        _Worker,
+        fn_constructor_args=(make_shard, make_step, list(chunks), output.absolute()),
+        concurrency=(1, min(workers, len(chunks))),
+        num_gpus=gpus_per_worker or None,
+    )
+    for row in made.iter_rows():
+        if row["error"]:
+            raise InputError(row["error"])
+        yield row["size"]
+
+
+def _connect(address: str, workers: int) -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("`ray` needs Ray, which is not installed: pip install 'mpo[ray]'.") from error
+    if not ray.is_initialized():
+        connect = partial(ray.init, log_to_driver=False, configure_logging=False)
+        try:
+            connect(num_cpus=workers) if address == "local" else connect(address)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                f"there is no Ray cluster at {address!r} ({error!s:.200}). Start one: ray start --head"
+            ) from error
+    return ray
+
+
+class _Worker:
+    def __init__(self, make_shard: Callable[..., int], make_step: Callable[[], Any], chunks: list[Any], output: Path):
+        self.make_shard, self.make_step, self.chunks, self.output = make_shard, make_step, chunks, output
+        self.step: Any = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with the number of a chunk to a row with its size, or with what the step complains of."""
+        try:
+            self.step = self.step or self.make_step()
+            return {"size": self.make_shard(self.step, self.chunks[row["chunk"]], self.output), "error": ""}
+        except InputError as error:
+            return {"size": 0, "error": str(error)}
