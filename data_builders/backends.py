@@ -59,6 +59,21 @@ class SamplerConfig:
         return [] if self.server or not Path(self.model).is_dir() else [Path(self.model)]
 
 
+def check_sampler(config: SamplerConfig) -> None:
+    """Looks, before any work, whether the model or a server is there; weights are not loaded.
+
+    Raises:
+        InputError: It is not, or a setting is out of its range.
+    """
+    config.drawing()
+    if config.server:
+        open_sampler(config)
+    else:
+        from data_builders.hf_sampler import load_processor
+
+        load_processor(config.model)
+
+
 def open_sampler(config: SamplerConfig) -> Sampler:
     """The sampler that the settings name; loads the model, or asks the servers whether they are there.
 

@@ -5,22 +5,18 @@ on without the image. What it then invents makes the rejected response; the whol
 Source: section 3.2 of https://arxiv.org/abs/2411.10442.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_builders.backends import SamplerConfig, open_sampler
+from data_builders.backends import SamplerConfig, check_sampler, open_sampler
 from data_builders.engine import EngineConfig, chunks_of_rows, count_by_source, drop_note, run_step
 from data_builders.images import check_images
 from data_builders.records import InputError, Response, Row, Summary
-from data_builders.samplers import Completion, Request, Sampler, SamplingSettings
+from data_builders.samplers import Completion, Request, Sampler, SamplingSettings, word_ends
 from data_builders.shards import claim_folder
-
-_WORD = re.compile(
-    r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s])"
-)
+from data_builders.text_measures import similarity
 
 
 @dataclass(kw_only=True)
@@ -32,6 +28,13 @@ class DropoutNTPConfig(EngineConfig, SamplerConfig):
     with_image: bool = field(default=False, metadata={"help": "Go on with the image instead, as a control."})
     answered_too: bool = field(
         default=False, metadata={"help": "Also take responses to questions with a known answer."}
+    )
+    max_similarity: float = field(
+        default=0.9,
+        metadata={
+            "help": "Continuations that share more of their word trigrams with the original's second half are left "
+            "out; 1 keeps all but identical ones."
+        },
     )
     shard_size: int = field(default=1024, metadata={"help": "Responses per shard: what a killed run repeats at most."})
 
@@ -47,11 +50,15 @@ def run(config: DropoutNTPConfig) -> Summary:
     """
     if not 0.0 <= config.ratio < 1.0:
         raise InputError(f"`ratio` must be at least 0 and below 1, got {config.ratio}: it is the share that is kept.")
+    if not 0.0 <= config.max_similarity <= 1.0:
+        raise InputError(f"`max_similarity` must be between 0 and 1, got {config.max_similarity}.")
     source = Path(config.responses)
     chunks = chunks_of_rows(source, Response, config.shard_size)
     if config.with_image:
         check_images((row for chunk in chunks for row in chunk.rows()), Path(config.image_root))
+    check_sampler(config)
     own = {"ratio": config.ratio, "with_image": config.with_image, "answered_too": config.answered_too}
+    own |= {"max_similarity": config.max_similarity}
     settings = config.provenance() | own | {"shard_size": config.shard_size}
     claim_folder(Path(config.output), settings, [source, *config.model_paths()])
     run_step(partial(_Continuing, config), chunks, config, title="dropout-ntp")
@@ -83,7 +90,7 @@ def cut_response(response: str, *, ratio: float = 0.5, ends: Sequence[int] | Non
     '图中有'
     """
     if ends is None:
-        ends = [match.end() for match in _WORD.finditer(response)]
+        ends = word_ends(response)
     kept = int(len(ends) * ratio)
     return response[: ends[kept - 1]] if kept else ""
 
@@ -105,7 +112,7 @@ def continue_rows(
         for row, prefix in zip(usable, prefixes, strict=True)
     ]
     for row, prefix, (rejected,) in zip(usable, prefixes, sampler.sample(requests, 1, settings), strict=True):
-        if reason := _reason_after(row["response"], prefix, rejected):
+        if reason := _reason_after(row["response"], prefix, rejected, config.max_similarity):
             dropped.append({"id": row["id"], "reason": reason})
         else:
             pairs.append(_pair(row, rejected, prefix, settings, config))
@@ -127,12 +134,15 @@ def _reason_before(row: Row, prefix: str, config: DropoutNTPConfig) -> str | Non
     return "too short" if config.ratio and not prefix.strip() else None
 
 
-def _reason_after(response: str, prefix: str, rejected: Completion) -> str | None:
+def _reason_after(response: str, prefix: str, rejected: Completion, max_similarity: float) -> str | None:
     if rejected.error:
         return "continuation failed"
     if rejected.text.strip() == prefix.strip():
         return "continuation empty"
-    return "continuation identical" if rejected.text.strip() == response.strip() else None
+    if rejected.text.strip() == response.strip():
+        return "continuation identical"
+    likeness = similarity(response[len(prefix) :], rejected.text[len(prefix) :])
+    return "continuation too similar" if likeness > max_similarity else None
 
 
 def _pair(row: Row, rejected: Completion, prefix: str, settings: SamplingSettings, config: DropoutNTPConfig) -> Row:

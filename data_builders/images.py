@@ -7,14 +7,18 @@ import struct
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from data_builders.records import InputError, Row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_WINDOW = 1024  # files that wait to be decoded
 # what Pillow's decoders raise on broken files: each format has its own habits
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, struct.error, zlib.error)
 
@@ -79,7 +83,10 @@ def check_images(rows: Iterable[Row], root: Path, *, threads: int = 8) -> int:
     Raises:
         InputError: Names the row and the image.
     """
-    first_row = {name: str(row.get("id", "?")) for row in reversed(list(rows)) for name in row.get("images") or []}
+    first_row: dict[str, str] = {}
+    for row in rows:
+        for name in row.get("images") or []:
+            first_row.setdefault(name, str(row.get("id", "?")))
 
     def check(name: str) -> None:
         try:
@@ -87,7 +94,9 @@ def check_images(rows: Iterable[Row], root: Path, *, threads: int = 8) -> int:
         except InputError as error:
             raise InputError(f"row {first_row[name]!r}: {error}") from error
 
+    names = iter(tqdm(first_row, desc="checking images", unit="image", delay=2))
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(check, first_row):
-            pass
+        while window := list(islice(names, _WINDOW)):
+            for _ in pool.map(check, window):
+                pass
     return len(first_row)

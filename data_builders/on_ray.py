@@ -1,7 +1,7 @@
 """Makes shards on a Ray cluster: the same files as in one process, since a shard depends on nothing but its rows."""
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,28 @@ def _connect(address: str, workers: int) -> Any:
         import ray.data
     except ImportError as error:
         raise InputError("`ray` needs Ray, which is not installed: pip install 'mpo[ray]'.") from error
-    if not ray.is_initialized():
-        connect = partial(ray.init, log_to_driver=False, configure_logging=False)
-        try:
-            connect(num_cpus=workers) if address == "local" else connect(address)
-        except (ConnectionError, ValueError) as error:
-            raise InputError(
-                f"there is no Ray cluster at {address!r} ({error!s:.200}). Start one: ray start --head"
-            ) from error
+    if ray.is_initialized():
+        return ray
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    try:
+        if address == "local":
+            ray.init(num_cpus=workers, include_dashboard=False, **quiet)
+        else:
+            _check_reachable(address)
+            ray.init(address, **quiet)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"there is no Ray cluster at {address!r} ({error!s:.200}). `ray start --head` starts one."
+        ) from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for two minutes, and then ends the process."""
+    _, _, place = address.rpartition("://")
+    host, colon, port = place.rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class _Worker:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_builders.backends import SamplerConfig, open_sampler
+from data_builders.backends import SamplerConfig, check_sampler, open_sampler
 from data_builders.engine import EngineConfig, chunks_of_rows, count_by_source, run_step
 from data_builders.images import check_images
 from data_builders.prompts import PromptStyle, prompt_style
@@ -45,6 +45,7 @@ def run(config: SampleConfig) -> Summary:
     style = prompt_style(config.prompt)
     chunks = chunks_of_rows(questions, Question, config.shard_size)
     check_images((row for chunk in chunks for row in chunk.rows()), Path(config.image_root))
+    check_sampler(config)
     settings = {"prompt": _name(style), "num_responses": config.num_responses, "shard_size": config.shard_size}
     claim_folder(Path(config.output), config.provenance() | settings, [questions, *config.model_paths()])
     run_step(partial(_Sampling, config), chunks, config, title="sampling")

@@ -4,11 +4,16 @@ A sampler is anything with the methods of `Sampler`: `data_builders.hf_sampler` 
 `data_builders.server_sampler` asks OpenAI-compatible servers.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from data_builders.records import InputError
+
+_WORD = re.compile(
+    r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s])"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,15 @@ class SamplingSettings:
         for name, (holds, words) in ranges.items():
             if not holds:
                 raise InputError(f"`{name}` must be {words}, got {getattr(self, name)}.")
+
+
+def word_ends(text: str) -> list[int]:
+    """Where each word, each Chinese or Japanese character and each punctuation mark ends, in characters.
+
+    >>> word_ends("two words, 三只")
+    [3, 9, 10, 12, 13]
+    """
+    return [match.end() for match in _WORD.finditer(text)]
 
 
 class Sampler(Protocol):

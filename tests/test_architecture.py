@@ -29,6 +29,7 @@ FLOORS = {
     "data_builders.prompts": 1,
     "data_builders.shards": 1,
     "data_builders.images": 1,
+    "data_builders.text_measures": 1,
     "data_builders.samplers": 1,
     "data_builders.hf_sampler": 2,
     "data_builders.server_sampler": 2,

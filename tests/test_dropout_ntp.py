@@ -182,11 +182,22 @@ def test_a_response_that_cannot_be_used_is_left_out_with_the_reason_and_costs_no
         (Inventor(" \n"), "continuation empty"),
         (Inventor(" three four"), "continuation identical"),
         (Inventor(" three four\n"), "continuation identical"),
+        (Inventor("  Three, FOUR!"), "continuation too similar"),
         (Inventor(" and", error="the response contains an image token"), "continuation failed"),
     ],
 )
 def test_a_continuation_that_cannot_be_used_is_left_out_with_the_reason(inventor: Inventor, reason: str) -> None:
     assert continue_rows([response()], inventor, SETTINGS, CONFIG) == ([], [{"id": "q", "reason": reason}])
+
+
+def test_how_similar_a_continuation_may_be_is_a_setting() -> None:
+    text = "one two three four five six seven eight"
+    close = Inventor(" five six seven nine")  # one of the two trigrams is shared
+    for limit, num_pairs in ((0.4, 0), (0.5, 1)):
+        pairs, _ = continue_rows([response(text)], close, SETTINGS, replace(CONFIG, max_similarity=limit))
+        assert len(pairs) == num_pairs
+    with pytest.raises(InputError, match="`max_similarity` must be between 0 and 1, got 1.5"):
+        run(replace(CONFIG, max_similarity=1.5))
 
 
 def test_every_response_is_either_a_pair_or_left_out() -> None:

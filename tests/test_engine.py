@@ -1,19 +1,23 @@
 """Running a step over chunks: what is made, what is not made again, and that a kill at any moment changes nothing."""
 
+import os
+import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
+import engine_steps
 import pytest
+from engine_steps import Answering, answer
 
-from data_builders.engine import Chunk, chunks_of_rows, chunks_of_shards, drop_note, drop_reasons, run_step
+from data_builders.engine import Chunk, EngineConfig, Span, Step, chunks_of_rows, drop_note, drop_reasons, run_step
 from data_builders.records import InputError, Question, Row
-from data_builders.shards import read_rows, read_stage, write_rows
+from data_builders.shards import Place, read_rows, read_stage, write_rows
 
 ROOT = Path(__file__).parent.parent
-Step = Callable[[list[Row]], tuple[list[Row], list[Row]]]
 
 
 @pytest.fixture
@@ -23,17 +27,9 @@ def questions(tmp_path: Path) -> Path:
     return tmp_path / "q.jsonl"
 
 
-def answer(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Answers every question but the third and the fifth."""
-    dropped = {"q-2": "too hard", "q-4": "too easy"}
-    return (
-        [{**row, "answer": row["question"][:-1]} for row in rows if row["id"] not in dropped],
-        [{"id": row["id"], "reason": dropped[row["id"]]} for row in rows if row["id"] in dropped],
-    )
-
-
 def run(step: Step, questions: Path, output: Path) -> None:
-    run_step(step, chunks_of_rows(questions, Question, 2), output, title="answering")
+    chunks = chunks_of_rows(questions, Question, 2)
+    run_step(lambda: step, chunks, EngineConfig(output=str(output)), title="answering")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -71,28 +67,12 @@ def test_a_broken_row_is_found_before_the_first_chunk_is_worked_on(questions: Pa
 def test_missing_input_is_found_before_the_first_chunk_is_worked_on(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         chunks_of_rows(tmp_path / "missing", Question, 2)
-    with pytest.raises(InputError, match="does not exist"):
-        chunks_of_shards(tmp_path / "missing", Question)
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_shard_size_below_one_is_refused(questions: Path, size: int) -> None:
     with pytest.raises(InputError, match=f"`shard_size` must be at least 1, got {size}"):
         chunks_of_rows(questions, Question, size)
-
-
-def test_shards_keep_their_names_and_are_read_when_their_turn_comes(tmp_path: Path) -> None:
-    write_rows(tmp_path / "b.jsonl", [{"id": "b", "question": "?"}])
-    write_rows(tmp_path / "a.jsonl", [{"id": "a", "question": "?"}])
-    chunks = chunks_of_shards(tmp_path, Question)
-    write_rows(tmp_path / "a.jsonl", [{"id": "late", "question": "?"}])
-    assert [(chunk.name, chunk.rows()[0]["id"]) for chunk in chunks] == [("a.jsonl", "late"), ("b.jsonl", "b")]
-
-
-def test_a_file_with_another_ending_becomes_a_shard_that_the_next_step_finds(tmp_path: Path, questions: Path) -> None:
-    source = questions.rename(tmp_path / "questions.json")
-    run_step(answer, chunks_of_shards(source, Question), tmp_path / "out", title="answering")
-    assert len(list(read_stage(tmp_path / "out"))) == 5
 
 
 def test_every_chunk_becomes_a_shard_and_what_was_left_out_is_listed(questions: Path, tmp_path: Path) -> None:
@@ -147,10 +127,11 @@ def test_shards_that_exist_are_not_made_again(questions: Path, tmp_path: Path) -
 def test_rows_of_shards_that_exist_are_not_even_read(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [])
 
-    def rows() -> list[Row]:
-        raise AssertionError("read again")
+    def make() -> Step:
+        raise AssertionError("made again")
 
-    run_step(answer, [Chunk("a.jsonl", rows, 1)], tmp_path, title="answering")
+    chunk = Chunk("a.jsonl", (Span(tmp_path / "gone.jsonl", Place(), 1),))
+    run_step(make, [chunk], EngineConfig(output=str(tmp_path)), title="answering")
     assert list(read_rows(tmp_path / "a.jsonl")) == []
 
 
@@ -197,35 +178,148 @@ def test_a_run_that_is_stopped_while_it_writes_goes_on_where_it_was(
 
 
 SLOW_RUN = """
-import sys, time
+import sys
 from pathlib import Path
-from data_builders.engine import chunks_of_rows, run_step
+from data_builders.engine import EngineConfig, chunks_of_rows, run_step
 from data_builders.records import Question
+from engine_steps import Answering
 
-def step(rows):
-    time.sleep(float(sys.argv[3]))
-    return rows, [{"id": row["id"], "reason": "seen"} for row in rows]
-
-run_step(step, chunks_of_rows(Path(sys.argv[1]), Question, 1), Path(sys.argv[2]), title="working")
+if __name__ == "__main__":
+    config = EngineConfig(output=sys.argv[2], workers=int(sys.argv[3]))
+    chunks = chunks_of_rows(Path(sys.argv[1]), Question, 1)
+    run_step(Answering(seconds=float(sys.argv[4])), chunks, config, title="working")
 """
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_that_is_killed_at_work_leaves_whole_shards_and_its_successor_ends_with_the_same_files(
-    questions: Path, tmp_path: Path
+    questions: Path, tmp_path: Path, workers: int
 ) -> None:
+    (tmp_path / "slow_run.py").write_text(SLOW_RUN)
+
     def start(output: str, seconds: float) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", SLOW_RUN, str(questions), str(tmp_path / output), str(seconds)]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        arguments = [str(questions), str(tmp_path / output), str(workers), str(seconds)]
+        return subprocess.Popen(
+            [sys.executable, str(tmp_path / "slow_run.py"), *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     assert start("whole", 0).wait() == 0
-    victim = start("killed", 0.1)
+    victim = start("killed", 0.2)
     while not (tmp_path / "killed" / "00002.jsonl").exists():
         assert victim.poll() is None
         time.sleep(0.01)
-    victim.kill()
+    os.killpg(victim.pid, signal.SIGKILL)
     assert victim.wait() == -9
     whole, left = content(tmp_path / "whole"), content(tmp_path / "killed")
     assert 3 <= len([name for name in left if "/" not in name]) < 7
     assert left.items() <= whole.items()
+    half = tmp_path / "killed" / ".00006.jsonl.12345.tmp"
+    half.write_text('{"id": "q-6", "quest')
     assert start("killed", 0).wait() == 0
     assert content(tmp_path / "killed") == whole
+    assert not half.exists()
+
+
+def test_several_processes_write_the_same_files_as_one(questions: Path, tmp_path: Path) -> None:
+    run(answer, questions, tmp_path / "one")
+    config = EngineConfig(output=str(tmp_path / "two"), workers=2)
+    run_step(Answering(), chunks_of_rows(questions, Question, 2), config, title="answering")
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_a_worker_that_is_lost_is_told_from_a_fault_and_the_same_command_goes_on(
+    questions: Path, tmp_path: Path
+) -> None:
+    run(answer, questions, tmp_path / "whole")
+    config = EngineConfig(output=str(tmp_path / "out"), workers=2)
+    step = Answering(die_at="q-5", marker=str(tmp_path / "died"))
+    chunks = chunks_of_rows(questions, Question, 2)
+    with pytest.raises(InputError, match="a worker process died.*The same command goes on"):
+        run_step(step, chunks, config, title="answering")
+    assert content(tmp_path / "out").items() < content(tmp_path / "whole").items()
+    run_step(step, chunks, config, title="answering")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_step_complains_of_reaches_the_user(questions: Path, tmp_path: Path, workers: int) -> None:
+    config = EngineConfig(output=str(tmp_path / "out"), workers=workers)
+    with pytest.raises(InputError, match="question 'q-6' cannot be answered"):
+        run_step(Answering(refuse="q-6"), chunks_of_rows(questions, Question, 2), config, title="answering")
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    write_rows(questions, [{"id": f"q-{number}", "question": "?" * 10**6 * number} for number in range(1, 5)])
+    run(answer, questions, tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 10**6, limits[1]))  # writing beyond it fails as on a full disk
+    try:
+        with pytest.raises(InputError, match="00001.jsonl could not be written: .* Make room"):
+            run(answer, questions, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(content(tmp_path / "out")) == ["00000.jsonl", "dropped/00000.jsonl", "dropped/00001.jsonl"]
+    run(answer, questions, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+def test_a_cluster_that_is_not_there_is_said(questions: Path, tmp_path: Path, address: str) -> None:
+    config = EngineConfig(output=str(tmp_path / "ray"), ray=address)
+    with pytest.raises(InputError, match=f"no Ray cluster at '{address}'"):
+        run_step(Answering(), chunks_of_rows(questions, Question, 2), config, title="answering")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray on this machine, whose workers get the steps of these tests by value."""
+    import ray
+
+    ray.init(num_cpus=2, log_to_driver=False, configure_logging=False, include_dashboard=False)
+    ray.cloudpickle.register_pickle_by_value(engine_steps)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_writes_the_same_files_as_one_process(questions: Path, tmp_path: Path) -> None:
+    run(answer, questions, tmp_path / "one")
+    config = EngineConfig(output=str(tmp_path / "ray"), workers=2, ray="auto")
+    run_step(Answering(), chunks_of_rows(questions, Question, 2), config, title="answering")
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_repeats_what_a_lost_worker_was_at(questions: Path, tmp_path: Path) -> None:
+    run(answer, questions, tmp_path / "one")
+    config = EngineConfig(output=str(tmp_path / "ray"), workers=2, ray="auto")
+    step = Answering(die_at="q-3", marker=str(tmp_path / "died"))
+    run_step(step, chunks_of_rows(questions, Question, 2), config, title="answering")
+    assert (tmp_path / "died").exists()
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_step_complains_of_reaches_the_user_from_ray(questions: Path, tmp_path: Path) -> None:
+    config = EngineConfig(output=str(tmp_path / "ray"), ray="auto")
+    with pytest.raises(InputError, match="question 'q-6' cannot be answered"):
+        run_step(Answering(refuse="q-6"), chunks_of_rows(questions, Question, 2), config, title="answering")
+
+
+def test_without_ray_its_install_line_is_said(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    config = EngineConfig(output=str(tmp_path / "ray"), ray="local")
+    with pytest.raises(InputError, match="pip install 'mpo\\[ray\\]'"):
+        run_step(Answering(), chunks_of_rows(questions, Question, 2), config, title="answering")
+
+
+@pytest.mark.parametrize("workers", [0, -2])
+def test_fewer_than_one_worker_is_refused(workers: int) -> None:
+    with pytest.raises(InputError, match="`workers` must be at least 1"):
+        EngineConfig(output="out", workers=workers)

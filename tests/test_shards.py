@@ -109,7 +109,7 @@ def test_a_last_line_without_a_line_end_is_read(tmp_path: Path) -> None:
 def test_what_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"question": "où"}\n'.encode("latin-1"))
-    assert refusal(path).startswith(f"{path} is not UTF-8 text (")
+    assert refusal(path).startswith(f"{path}, line 1: not UTF-8 text (")
     assert refusal(path).endswith("is it a JSONL file?")
 
 
