@@ -46,6 +46,7 @@ VERBS = {
     "reference": Verb("mpo.reference", "Compute the reference's log-probabilities ahead of training."),
     "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
     "eval": Verb("mpo.evaluate", "Measure a model's accuracy on questions with answers."),
+    "export": Verb("mpo.export", "Merge, save and describe a trained model for others."),
     "report": Verb("mpo.report", "Write a page about a run: data, training and evaluation."),
 }
 
