@@ -1,32 +1,34 @@
 """`mpo eval`: accuracy of one model, or of several on the same questions, with and without reasoning.
 
-Decoding is greedy. Intervals are 95% bootstrap intervals over questions; models are compared question by question
-(paired).
+Decoding is greedy unless several answers are asked for, which also gives pass@k and the majority vote. Intervals are
+95% bootstrap intervals over questions; models are compared question by question (paired).
 """
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
-import numpy as np
-
+from data_builders.backends import SamplerConfig, check_sampler, open_sampler
 from data_builders.engine import EngineConfig, chunks_of_rows, run_step
-from data_builders.hf_sampler import HFSampler, load_processor
 from data_builders.images import check_images
 from data_builders.judge import judge_rows
 from data_builders.prompts import prompt_style
 from data_builders.records import InputError, Question, Row, Summary
 from data_builders.sample import sample_responses
-from data_builders.samplers import SamplingSettings
+from data_builders.samplers import Sampler
 from data_builders.shards import claim_folder, read_rows, read_stage, write_rows, write_text
+from mpo.measures import compare
 
-ALL = "all"
-_RESAMPLES = 2000
+_PUBLIC = [
+    "Public benchmarks, on what `mpo export` writes: VLMEvalKit (add the folder to vlmeval/config.py, then "
+    "`python run.py --model NAME --data MathVista_MINI`) or lmms-eval (`lmms_eval --model TYPE --model_args "
+    "pretrained=FOLDER --tasks mathvista_testmini`).",
+]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvalConfig:
     """Settings of `mpo eval`."""
 
@@ -42,10 +44,21 @@ class EvalConfig:
         default_factory=lambda: ["final_answer", "direct"],
         metadata={"help": "Prompt styles: `final_answer` reasons first, `direct` does not."},
     )
+    num_samples: int = field(
+        default=1, metadata={"help": "Answers to each question; more than 1 adds pass@k and the majority vote."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Null is greedy for one answer, and 1.0 for several."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
+    server: list[str] = field(
+        default_factory=list,
+        metadata={"help": "OpenAI-compatible servers that have all models under these names; none: in this process."},
+    )
     max_new_tokens: int = field(default=1024, metadata={"help": "Longer answers are cut off."})
     batch_size: int = field(default=64, metadata={"help": "Answers generated at a time."})
     shard_size: int = field(default=512, metadata={"help": "Questions per unit of work: what a killed run repeats."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap, and of the answers that are drawn."})
     device: str | None = field(default=None, metadata={"help": "Where models run; null takes a GPU if there is one."})
     dtype: str = field(default="auto", metadata={"help": "Weights in this type; auto takes the model's own."})
 
@@ -64,12 +77,15 @@ def run(config: EvalConfig) -> Summary:
     rows = list(read_stage(questions, Question))
     _check_answers(rows)
     check_images(rows, Path(config.image_root))
-    for model in models.values():
-        load_processor(model)  # before any work, so that a broken model is found first
-    versions = [f"{style.name}@{style.version}" for style in map(prompt_style, config.prompts)]
-    settings = {"models": models, "prompts": versions, "max_new_tokens": config.max_new_tokens}
-    claim_folder(output, {**settings, "shard_size": config.shard_size}, [questions, *map(Path, models.values())])
-    answers = [row for name, model in models.items() for row in _answer(name, model, config)]
+    samplers = {name: _sampler_config(model, config) for name, model in models.items()}
+    for sampler in samplers.values():
+        check_sampler(sampler)  # before any work, so that a broken model is found first
+    versions = [version for name in config.prompts for version in prompt_style(name).ids]
+    settings = {"models": {name: sampler.provenance() for name, sampler in samplers.items()}, "prompts": versions}
+    settings |= {"num_samples": config.num_samples, "shard_size": config.shard_size}
+    folders = [path for sampler in samplers.values() for path in sampler.model_paths()]
+    claim_folder(output, settings, [questions, *folders])
+    answers = [row for name, sampler in samplers.items() for row in _answer(name, sampler, config)]
     write_rows(output / "answers.jsonl", answers)
     evaluation = compare(answers, list(models), config.prompts, seed=config.seed)
     write_text(output / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
@@ -95,20 +111,33 @@ def _check_answers(rows: list[Row]) -> None:
         seen.add(row["id"])
 
 
-def _answer(name: str, model: str, config: EvalConfig) -> list[Row]:
+def _sampler_config(model: str, config: EvalConfig) -> SamplerConfig:
+    temperature = float(config.num_samples > 1) if config.temperature is None else config.temperature
+    return SamplerConfig(
+        model=model,
+        server=config.server,
+        image_root=config.image_root,
+        temperature=temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed if temperature else 0,
+        batch_size=config.batch_size,
+        device=config.device,
+        dtype=config.dtype,
+    )
+
+
+def _answer(name: str, model: SamplerConfig, config: EvalConfig) -> list[Row]:
     """Judged answers of one model in all prompt styles; parts that are there already are not made again."""
 
     @cache
-    def sampler() -> HFSampler:
+    def sampler() -> Sampler:
         """Loaded when the first part is missing, and once for all styles."""
-        root = Path(config.image_root)
-        return HFSampler(
-            model, image_root=root, batch_size=config.batch_size, device=config.device, dtype=config.dtype
-        )
+        return open_sampler(model)
 
     def answer(rows: list[Row], style: str) -> tuple[list[Row], list[Row]]:
-        greedy = SamplingSettings(temperature=0.0, max_new_tokens=config.max_new_tokens)
-        judged, unknown = judge_rows(sample_responses(rows, sampler(), prompt_style(style), 1, greedy))
+        responses = sample_responses(rows, sampler(), prompt_style(style), config.num_samples, model.drawing())
+        judged, unknown = judge_rows(responses)
         return [{"model": name, "style": style, **row} for row in judged], unknown
 
     answers = []
@@ -121,83 +150,33 @@ def _answer(name: str, model: str, config: EvalConfig) -> list[Row]:
     return answers
 
 
-def compare(answers: list[Row], models: list[str], styles: list[str], *, seed: int = 0) -> Row:
-    """Accuracy of every model by source of question, and the paired differences to the first model.
-
-    Args:
-        answers: Verdict rows with `model` and `style`; every model answered the same questions.
-        models: Their names, the baseline first.
-        styles: The prompt styles.
-        seed: Of the bootstrap.
-
-    Returns:
-        What `evaluation.json` holds; accuracies, differences and limits are fractions.
-    """
-    correct: dict[tuple[str, str, str], dict[str, bool]] = defaultdict(
-        dict
-    )  # (model, style, source) -> question -> right?
-    for row in answers:
-        for source in {ALL, row.get("source") or "(no source)"}:
-            correct[row["model"], row["style"], source][row["id"]] = row["verdict"] == "correct"
-    sources = sorted({source for _, _, source in correct} - {ALL})
-    accuracy, differences = [], []
-    for style in styles:
-        for source in [ALL, *sources]:
-            baseline = correct[models[0], style, source]
-            for model in models:
-                own = correct[model, style, source]
-                here = {"model": model, "style": style, "source": source, "num": len(own)}
-                values = np.array([own[question] for question in baseline], dtype=float)
-                accuracy.append({**here, "accuracy": values.mean(), **bootstrap(values, seed)})
-                if model != models[0]:
-                    gain = values - np.array(list(baseline.values()), dtype=float)
-                    compared = {**here, "baseline": models[0], "difference": gain.mean()}
-                    differences.append({**compared, **bootstrap(gain, seed)})
-    return {
-        "models": models,
-        "styles": styles,
-        "num_questions": len(correct[models[0], styles[0], ALL]),
-        "accuracy": accuracy,
-        "differences": differences,
-    }
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """The 95% interval of a mean, by resampling.
-
-    Args:
-        values: One number per question, (N,).
-        seed: Of the resampling.
-
-    Returns:
-        Its limits `low` and `high`.
-    """
-    rng = np.random.default_rng(seed)
-    distinct, counts = np.unique(values, return_counts=True)
-    resampled = rng.multinomial(len(values), counts / len(values), size=_RESAMPLES)  # (R, distinct values)
-    low, high = np.quantile(resampled @ distinct / len(values), [0.025, 0.975])
-    return {"low": float(low), "high": float(high)}
-
-
 def _summary(evaluation: Row, config: EvalConfig) -> Summary:
-    accuracy = {(row["model"], row["style"], row["source"]): row for row in evaluation["accuracy"]}
-    gains = {(row["model"], row["style"], row["source"]): row for row in evaluation["differences"]}
+    models, styles = evaluation["models"], evaluation["styles"]
     sources = list(dict.fromkeys(row["source"] for row in evaluation["accuracy"]))
+    cells: dict[tuple[str, ...], Row] = {}
+    for row in evaluation["accuracy"]:
+        cells["accuracy", row["model"], row["style"], row["source"]] = {**row, "value": row["accuracy"]}
+    for row in evaluation["differences"]:
+        key = ("accuracy", row["model"], row["style"], row["source"])
+        cells[key]["difference"] = {**row, "value": row["difference"]}
+    for row in evaluation["samples"]:
+        cells[row["measure"], row["model"], row["style"], row["source"]] = row
     rows = []
-    for style in evaluation["styles"]:
-        for source in sources:
-            cells = [_range(accuracy[model, style, source], "accuracy") for model in evaluation["models"]]
-            cells += [_range(gains[model, style, source], "difference") for model in evaluation["models"][1:]]
-            rows.append([style, source, *cells])
-    others = [f"{model} - {evaluation['models'][0]}" for model in evaluation["models"][1:]]
+    for measure in dict.fromkeys(key[0] for key in cells):
+        for style, source in product(styles, sources):
+            found = [cells[measure, model, style, source] for model in models]
+            gains = [_range(row["difference"], "+") for row in found[1:]]
+            rows.append([measure, style, source, *map(_range, found), *gains])
+    others = [f"{model} - {models[0]}" for model in models[1:]]
+    answers = f", {evaluation['num_samples']} answers each" if evaluation["num_samples"] > 1 else ""
     return Summary(
-        f"Accuracy on {evaluation['num_questions']:,} questions, in %, with 95% intervals",
-        ["prompt", "source", *evaluation["models"], *others],
+        f"{evaluation['num_questions']:,} questions{answers}; in %, with 95% intervals",
+        ["measure", "prompt", "source", *models, *others],
         rows,
+        notes=_PUBLIC,
         next_command=f"mpo report --evaluation {config.output} --output report.html",
     )
 
 
-def _range(row: Row, key: str) -> str:
-    sign = "+" if key == "difference" else ""
-    return f"{100 * row[key]:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
+def _range(row: Row, sign: str = "") -> str:
+    return f"{100 * row['value']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"

@@ -1,4 +1,4 @@
-"""`mpo export`: a trained model as others want it: one folder, merged, in safetensors, with processor and model card."""
+"""`mpo export`: a trained model as others want it: one folder, merged, in safetensors, with processor and card."""
 
 import json
 import shutil
@@ -17,23 +17,9 @@ from mpo.provenance import versions
 
 TEMPLATES = Path(__file__).parent / "templates"
 _RECIPE = (  # of a run's settings, in the order of the card
-    *(
-        "loss_type",
-        "loss_weights",
-        "beta",
-        "reward_shift_decay",
-        "sft_reduction",
-        "learning_rate",
-        "lr_scheduler_type",
-    ),
-    *(
-        "warmup_steps",
-        "weight_decay",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-    ),
-    *("max_steps", "max_length", "train", "seed", "bf16"),
+    *("loss_type", "loss_weights", "beta", "reward_shift_decay", "sft_reduction", "train"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_length", "bf16", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
 )
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 _SCORES = ("loss", "rewards/accuracies", "rewards/margins", "reward_shift")
@@ -169,8 +155,4 @@ def _summary(config: ExportConfig, model: PreTrainedModel, merged: bool, notes: 
         ["adapter", "merged" if merged else "none"],
         ["files", f"{len(files)}, {size / 2**20:,.1f} MiB"],
     ]
-    benchmarks = [
-        f"VLMEvalKit: add {config.output} to vlmeval/config.py, then `python run.py --model NAME --data MathVista_MINI`.",
-        f"lmms-eval: `lmms_eval --model TYPE --model_args pretrained={config.output} --tasks mathvista_testmini`.",
-    ]
-    return Summary("Export", ["what", "value"], rows, notes=[*notes, *benchmarks])
+    return Summary("Export", ["what", "value"], rows, notes=notes)

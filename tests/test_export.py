@@ -38,10 +38,8 @@ def runs(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(model: Any, task: Path) -> torch.Tensor:
     processor = load_processor(task / "model")
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sum?"}]}],
-        add_generation_prompt=True,
-    )
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sum?"}]}
+    prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     picture = Image.open(sorted((task / "images").glob("*.png"))[0]).convert("RGB")
     with torch.no_grad():
         return model.eval()(**processor(images=picture, text=prompt, return_tensors="pt")).logits
@@ -65,15 +63,8 @@ def test_the_exported_model_is_one_folder_that_gives_the_trained_models_numbers(
 
 
 def test_the_card_says_how_the_model_was_made(runs: Path, tmp_path: Path) -> None:
-    scores = {
-        "model": "MPO",
-        "style": "direct",
-        "source": "all",
-        "num": 1200,
-        "accuracy": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-    }
+    scores = {"model": "MPO", "style": "direct", "source": "all", "num": 1200}
+    scores |= {"accuracy": 0.5, "low": 0.4, "high": 0.6}
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"accuracy": [scores]}))
     names = {"name": "digits-mpo", "license": "apache-2.0", "evaluation": str(tmp_path / "evaluation")}

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from data_builders.records import InputError, Row, Verdict
 from data_builders.shards import read_rows, write_rows
 from mpo import evaluate
-from mpo.evaluate import EvalConfig, bootstrap, compare, run
+from mpo.evaluate import EvalConfig, run
+from mpo.measures import bootstrap, compare, majority, pass_at
 
 
 def answers(model: str, style: str, marks: dict[str, str]) -> list[Row]:
@@ -137,7 +139,9 @@ def test_the_verb_writes_answers_and_their_evaluation(config: EvalConfig) -> Non
     ]
     assert {row["sampler"]["temperature"] for row in rows} == {0.0}
     evaluation = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
-    assert list(evaluation) == ["models", "styles", "num_questions", "accuracy", "differences"]
+    assert list(evaluation) == [
+        *("models", "styles", "num_questions", "num_samples", "accuracy", "differences", "samples")
+    ]
     assert evaluation["num_questions"] == 12
     assert len(evaluation["accuracy"]) == 2 * 4 * 2
     assert set(evaluation["accuracy"][0]) == {"model", "style", "source", "num", "accuracy", "low", "high"}
@@ -150,8 +154,8 @@ def test_the_verb_writes_answers_and_their_evaluation(config: EvalConfig) -> Non
         "sum": 4,
     }
     assert all(row["difference"] == row["low"] == row["high"] == 0.0 for row in evaluation["differences"])
-    assert summary.columns == ["prompt", "source", "SFT", "MPO", "MPO - SFT"]
-    assert [row[:2] for row in summary.rows][:2] == [["final_answer", "all"], ["final_answer", "count"]]
+    assert summary.columns == ["measure", "prompt", "source", "SFT", "MPO", "MPO - SFT"]
+    assert [row[1:3] for row in summary.rows][:2] == [["final_answer", "all"], ["final_answer", "count"]]
     assert summary.rows[0][-1] == "+0.0 (+0.0 to +0.0)"
     assert summary.next_command == f"mpo report --evaluation {config.output} --output report.html"
 
@@ -173,8 +177,8 @@ def test_parts_that_are_there_are_not_made_again(config: EvalConfig, monkeypatch
 
 
 def test_a_model_is_loaded_once_for_all_its_parts(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, load = [], evaluate.HFSampler
-    monkeypatch.setattr(evaluate, "HFSampler", lambda model, **rest: loaded.append(model) or load(model, **rest))
+    loaded, load = [], evaluate.open_sampler
+    monkeypatch.setattr(evaluate, "open_sampler", lambda own: loaded.append(own.model) or load(own))
     run(config)
     assert loaded == [entry.partition("=")[2] for entry in config.models]
 
@@ -185,7 +189,7 @@ def test_a_finished_evaluation_loads_no_model(config: EvalConfig, monkeypatch: p
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluate, "HFSampler", load)
+    monkeypatch.setattr(evaluate, "open_sampler", load)
     assert run(replace(config, seed=1)).rows
 
 
@@ -201,7 +205,7 @@ def test_two_models_of_one_name_are_refused(config: EvalConfig, models: list[str
 
 def test_a_model_without_a_name_is_called_by_its_folder(config: EvalConfig, task: Path) -> None:
     summary = run(replace(config, models=[str(task / "model")], prompts=["direct"]))
-    assert summary.columns == ["prompt", "source", "model"]
+    assert summary.columns == ["measure", "prompt", "source", "model"]
 
 
 @pytest.mark.parametrize(
@@ -240,3 +244,67 @@ def test_another_setting_wants_another_folder(config: EvalConfig, change: dict[s
     run(replace(config, models=config.models[:1], prompts=["direct", "plain"]))
     with pytest.raises(InputError, match="was filled with other settings"):
         run(replace(config, **{"models": config.models[:1], "prompts": ["direct", "plain"], **change}))
+
+
+def vote(*predictions: str | None, right: str) -> list[Row]:
+    """Answers to one question; those that are `right` are correct."""
+    verdicts = {right: "correct", None: "no_answer"}
+    return [{"prediction": text, "verdict": verdicts.get(text, "wrong")} for text in predictions]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (vote("7", "7", "8", right="7"), 1.0),
+        (vote("7", "8", "8", right="7"), 0.0),
+        (vote("7", "8", right="7"), 0.5),  # a tie
+        (vote("1/2", "0.5", "3", "4", right="3"), 0.0),  # two ways to write one wrong answer vote together
+        (vote("7", None, None, None, right="7"), 1.0),  # no answer is no vote
+        (vote(None, None, right="7"), 0.0),
+    ],
+)
+def test_the_majority_decides_by_what_answers_mean(answers: list[Row], expected: float) -> None:
+    assert majority(answers) == expected
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer() -> None:
+    for num, num_correct, k in ((6, 2, 3), (5, 0, 2), (5, 5, 2), (4, 3, 2), (8, 1, 8)):
+        marks = [True] * num_correct + [False] * (num - num_correct)
+        draws = list(combinations(marks, k))
+        assert pass_at(k, num, num_correct) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_several_answers_give_mean_accuracy_pass_at_k_and_the_majority_vote() -> None:
+    def answered(model: str, question: str, marks: str) -> list[Row]:
+        kinds = {"+": ("correct", "7"), "-": ("wrong", "8"), "?": ("no_answer", None)}
+        fields = [dict(zip(("verdict", "prediction"), kinds[mark], strict=True)) for mark in marks]
+        return [{"model": model, "style": "cot", "source": "sum", "id": question, **row} for row in fields]
+
+    rows = answered("A", "q", "++--") + answered("A", "r", "-???")
+    rows += answered("B", "q", "+++-") + answered("B", "r", "+---")
+    evaluation = compare(rows, ["A", "B"], ["cot"])
+    assert evaluation["num_samples"] == 4
+    assert [row["accuracy"] for row in evaluation["accuracy"]] == [0.25, 0.5, 0.25, 0.5]
+    found = {(row["measure"], row["model"]): row for row in evaluation["samples"] if row["source"] == "all"}
+    values = {key: round(row["value"], 9) for key, row in found.items()}
+    assert values == {
+        ("pass@2", "A"): round((1 - 1 / 6 + 0) / 2, 9),
+        ("pass@2", "B"): round((1 + 1 / 2) / 2, 9),
+        ("pass@4", "A"): 0.5,
+        ("pass@4", "B"): 1.0,
+        ("majority@4", "A"): 0.25,
+        ("majority@4", "B"): 0.5,
+    }
+    assert found["pass@4", "B"]["difference"]["value"] == 0.5
+    assert "difference" not in found["pass@4", "A"]
+    json.dumps(evaluation)
+
+
+def test_the_verb_draws_several_answers_and_shows_their_measures(config: EvalConfig, task: Path) -> None:
+    several = replace(config, models=[str(task / "model")], prompts=["direct"], num_samples=3, max_new_tokens=4)
+    summary = run(several)
+    assert list(dict.fromkeys(row[0] for row in summary.rows)) == ["accuracy", "pass@2", "pass@3", "majority@3"]
+    rows = list(read_rows(Path(config.output) / "answers.jsonl"))
+    assert len(rows) == 3 * len({row["id"] for row in rows})
+    assert {row["sampler"]["temperature"] for row in rows} == {1.0}
+    assert any("VLMEvalKit" in note and "lmms-eval" in note for note in summary.notes)
