@@ -216,8 +216,12 @@ def count_by_source(output: Path, field: str) -> list[tuple[str, Counter[str]]]:
 
 
 def drop_reasons(output: Path) -> Counter[str]:
-    """How many rows a step left out, by reason."""
-    return Counter(row["reason"] for path in sorted((output / DROPPED).glob("*.jsonl")) for row in read_rows(path))
+    """How many rows a step left out, by reason; a row with a `count` stands for so many."""
+    reasons: Counter[str] = Counter()
+    for path in sorted((output / DROPPED).glob("*.jsonl")):
+        for row in read_rows(path):
+            reasons[row["reason"]] += row.get("count", 1)
+    return reasons
 
 
 def drop_note(output: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_builders.backends import SamplerConfig, check_sampler, open_sampler
 from data_builders.engine import EngineConfig, chunks_of_rows, count_by_source, run_step
 from data_builders.images import check_images
-from data_builders.prompts import PromptStyle, prompt_style
+from data_builders.prompts import Language, PromptStyle, prompt_style
 from data_builders.records import InputError, Question, Row, Summary
 from data_builders.samplers import Completion, Request, Sampler, SamplingSettings
 from data_builders.shards import claim_folder
@@ -24,7 +24,11 @@ class SampleConfig(EngineConfig, SamplerConfig):
     questions: str = field(metadata={"help": "Questions: a JSONL file or a folder of shards."})
     prompt: str = field(
         default="final_answer",
-        metadata={"help": "Prompt style: final_answer, boxed, direct, plain, or a .jinja file."},
+        metadata={"help": "Prompt style: final_answer, boxed, think, direct, plain, or a .jinja file."},
+    )
+    language: Language = field(
+        default="auto",
+        metadata={"help": "Words of the prompt: en, zh, or auto for those of each question's language."},
     )
     num_responses: int = field(default=32, metadata={"help": "Responses per question (paper: up to 32)."})
     shard_size: int = field(default=256, metadata={"help": "Questions per shard: what a killed run repeats at most."})
@@ -42,11 +46,11 @@ def run(config: SampleConfig) -> Summary:
     if config.num_responses < 1:
         raise InputError(f"`num_responses` must be at least 1, got {config.num_responses}.")
     questions = Path(config.questions)
-    style = prompt_style(config.prompt)
+    style = prompt_style(config.prompt, config.language)
     chunks = chunks_of_rows(questions, Question, config.shard_size)
     check_images((row for chunk in chunks for row in chunk.rows()), Path(config.image_root))
     check_sampler(config)
-    settings = {"prompt": _name(style), "num_responses": config.num_responses, "shard_size": config.shard_size}
+    settings = {"prompt": style.ids, "num_responses": config.num_responses, "shard_size": config.shard_size}
     claim_folder(Path(config.output), config.provenance() | settings, [questions, *config.model_paths()])
     run_step(partial(_Sampling, config), chunks, config, title="sampling")
     return _summary(config)
@@ -56,7 +60,7 @@ class _Sampling:
     """The step: question rows to response rows."""
 
     def __init__(self, config: SampleConfig) -> None:
-        self.sampler, self.style = open_sampler(config), prompt_style(config.prompt)
+        self.sampler, self.style = open_sampler(config), prompt_style(config.prompt, config.language)
         self.num, self.settings = config.num_responses, config.drawing()
 
     def __call__(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -71,22 +75,20 @@ def sample_responses(
     Args:
         questions: Question rows.
         sampler: What answers.
-        style: How it is asked.
+        style: How it is asked; Chinese questions in its Chinese wording if it has one.
         num: Responses per question.
         settings: How tokens are drawn.
     """
-    prompts = [style.render(row["question"]) for row in questions]
+    styles = [style.for_question(row["question"]) for row in questions]
+    prompts = [own.render(row["question"]) for own, row in zip(styles, questions, strict=True)]
     requests = [Request(p, tuple(row.get("images", []))) for p, row in zip(prompts, questions, strict=True)]
-    origin = {"model": sampler.name, "prompt": _name(style), **asdict(settings)}
+    answers = sampler.sample(requests, num, settings)
+    origins = [{"model": sampler.name, "prompt": own.id, **asdict(settings)} for own in styles]
     return [
         {**row, "prompt": prompt, **_outcome(completion), "sampler": {**origin, "index": index}}
-        for row, prompt, completions in zip(questions, prompts, sampler.sample(requests, num, settings), strict=True)
+        for row, prompt, origin, completions in zip(questions, prompts, origins, answers, strict=True)
         for index, completion in enumerate(completions)
     ]
-
-
-def _name(style: PromptStyle) -> str:
-    return f"{style.name}@{style.version}"
 
 
 def _outcome(completion: Completion) -> Row:

@@ -145,6 +145,8 @@ def claim_folder(folder: Path, settings: Row, inputs: Iterable[Path] = ()) -> No
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output {folder} is a file: give a folder.")
+    for leftover in folder.glob(f".{SETTINGS_FILE}.*.tmp"):  # of a run that was killed here
+        leftover.unlink(missing_ok=True)
     wanted = json.loads(json.dumps({**settings, "inputs": {str(path): _content_key(path) for path in inputs}}))
     path = folder / SETTINGS_FILE
     if not path.exists():

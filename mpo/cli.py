@@ -45,6 +45,7 @@ VERBS = {
     "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
     "reference": Verb("mpo.reference", "Compute the reference's log-probabilities ahead of training."),
     "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
+    "loop": Verb("mpo.loop", "Sample, judge, pair and train, round after round.", runs_others=True),
     "eval": Verb("mpo.evaluate", "Measure a model's accuracy on questions with answers."),
     "export": Verb("mpo.export", "Merge, save and describe a trained model for others."),
     "report": Verb("mpo.report", "Write a page about a run: data, training and evaluation."),

@@ -6,7 +6,6 @@ was stopped goes on. With `--seeds 5` it repeats everything with other seeds, ad
 further SFT steps) and gives the mean gain with its interval.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -14,21 +13,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from data_builders.records import InputError, Row, Summary
 from data_builders.shards import read_rows, read_stage, write_rows, write_text
+from mpo.stages import LOG, RunVerb, Stage, run_stages
 
-RunVerb = Callable[[str, Sequence[str]], Summary]
 NUM_GALLERY = 12
-LOG = "log.txt"
 VISION_STEPS = 300  # of the vision tower's own training, before SFT
 _FOLDERS = ("data", "base", "sft", "responses", "verdicts", "pairs", "dropout_ntp", "mpo", "further_sft")
 _FOLDERS += ("evaluation", "gallery")
@@ -62,25 +60,6 @@ class QuickstartConfig:
 CONFIGS = (QuickstartConfig,)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the method.
-
-    Attributes:
-        name: What the run's record calls it.
-        verb: What runs; empty for a step of this module alone.
-        settings: What this run sets besides the file.
-        prepare: Writes what the verb reads.
-        config: The settings file; empty for the one of the verb's name.
-    """
-
-    name: str
-    verb: str = ""
-    settings: dict[str, str] = field(default_factory=dict)
-    prepare: Callable[[], None] | None = None
-    config: str = ""
-
-
 def run(config: QuickstartConfig, *, run_verb: RunVerb) -> Summary:
     """Runs what is not done yet.
 
@@ -98,39 +77,7 @@ def run(config: QuickstartConfig, *, run_verb: RunVerb) -> Summary:
 
 def _run_once(config: QuickstartConfig, run_verb: RunVerb) -> Summary:
     folder = Path(config.output)
-    record = _claim(folder)
-    done: Row = json.loads(record.read_text(encoding="utf-8"))
-    for stage in _stages(config, folder):
-        argv = _arguments(stage, config)
-        key = _stage_key(argv)
-        if stage.name in done and done[stage.name]["key"] != key:
-            raise InputError(
-                f"stage {stage.name!r} in {folder} was run with other settings: give another `--output`, or delete "
-                f"{folder} to start again."
-            )
-        if stage.name in done:
-            continue
-        start = time.perf_counter()
-        if stage.prepare:
-            stage.prepare()
-        if stage.verb:
-            run_verb(stage.verb, argv)
-        done[stage.name] = {"seconds": time.perf_counter() - start, "key": key}
-        write_text(record, json.dumps(done, indent=1) + "\n")
-    return _summary(config, folder, done)
-
-
-def _claim(folder: Path) -> Path:
-    """The run's record of what is done; a folder without one must be empty, since stages clear folders in it."""
-    record = folder / "progress.json"
-    if not record.exists():
-        foreign = [path.name for path in folder.glob("*") if path.name != LOG]
-        if foreign:
-            raise InputError(
-                f"{folder} holds {foreign[0]} and is no quickstart's: give a folder that is new or empty."
-            )
-        write_text(record, "{}\n")
-    return record
+    return _summary(config, folder, run_stages(_stages(config, folder), folder, run_verb))
 
 
 def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
@@ -140,28 +87,32 @@ def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
     sizes = {name: str(getattr(config, name)) for name in ("seed", *_SIZES)}
     sft = {"data": f"{at['data']}/sft.jsonl", **common}
     pairs = json.dumps([at["pairs"], at["dropout_ntp"]])
-    models = {"SFT": at["sft"]}
+    models, configs = {"SFT": at["sft"]}, _configs(config)
+
+    def stage(name: str, verb: str, settings: dict[str, str], file: str = "", **others: Any) -> Stage:
+        return Stage(name, verb, settings, config=configs / f"{file or verb.replace('-', '_')}.yaml", **others)
+
     stages = [
         Stage("task", settings=sizes, prepare=lambda: write_task(folder, config)),
-        Stage("sft", "sft", {"model_name_or_path": at["base"], **sft, "output_dir": at["sft"]}),
-        Stage(
+        stage("sft", "sft", {"model_name_or_path": at["base"], **sft, "output_dir": at["sft"]}),
+        stage(
             "sample",
             "sample",
             {"model": at["sft"], "questions": f"{at['data']}/questions.jsonl", **common, "output": at["responses"]},
         ),
-        Stage("judge", "judge", {"responses": at["responses"], "output": at["verdicts"]}),
-        Stage("pair", "pair", {"verdicts": at["verdicts"], "seed": str(config.seed), "output": at["pairs"]}),
-        Stage(
+        stage("judge", "judge", {"responses": at["responses"], "output": at["verdicts"]}),
+        stage("pair", "pair", {"verdicts": at["verdicts"], "seed": str(config.seed), "output": at["pairs"]}),
+        stage(
             "dropout_ntp",
             "dropout-ntp",
             {"model": at["sft"], "responses": at["responses"], **common, "output": at["dropout_ntp"]},
         ),
-        Stage("train", "train", {"model_name_or_path": at["sft"], "data": pairs, **common, "output_dir": at["mpo"]}),
+        stage("train", "train", {"model_name_or_path": at["sft"], "data": pairs, **common, "output_dir": at["mpo"]}),
     ]
     if config.further_sft:
         models["further SFT"] = at["further_sft"]
         more = {"model_name_or_path": at["sft"], **sft, "output_dir": at["further_sft"]}
-        stages.append(Stage("further_sft", "sft", more, config="control/sft"))
+        stages.append(stage("further_sft", "sft", more, file="control/sft"))
     models["MPO"] = at["mpo"]
     evaluation = {"questions": f"{at['data']}/{config.split}.jsonl", "output": at["evaluation"]}
     gallery = {"questions": str(folder / "gallery.jsonl"), "output": at["gallery"], "prompts": "[final_answer]"}
@@ -170,17 +121,10 @@ def _stages(config: QuickstartConfig, folder: Path) -> list[Stage]:
     named = {"models": json.dumps([f"{name}={path}" for name, path in models.items()]), **common}
     return [
         *stages,
-        Stage("eval", "eval", {**named, **evaluation}),
-        Stage("gallery", "eval", {**named, **gallery}, prepare=lambda: write_gallery(folder)),
-        Stage("report", "report", report),
+        stage("eval", "eval", {**named, **evaluation}),
+        stage("gallery", "eval", {**named, **gallery}, prepare=lambda: write_gallery(folder)),
+        stage("report", "report", report),
     ]
-
-
-def _arguments(stage: Stage, config: QuickstartConfig) -> list[str]:
-    """What would follow the verb on the command line."""
-    file = _configs(config) / f"{stage.config or stage.verb.replace('-', '_')}.yaml"
-    argv = ["--config", str(file)] if stage.verb else []
-    return argv + [word for key, value in stage.settings.items() for word in (f"--{key}", value)]
 
 
 def _configs(config: QuickstartConfig) -> Path:
@@ -190,15 +134,6 @@ def _configs(config: QuickstartConfig) -> Path:
     package = Path(__file__).parent
     beside = package.parent / "configs" / "quickstart"
     return Path(os.path.relpath(beside)) if beside.is_dir() else package / "configs" / "quickstart"
-
-
-def _stage_key(argv: list[str]) -> str:
-    """Changes with anything that changes what a stage does."""
-    texts = [
-        Path(word).read_text(encoding="utf-8") for word in argv if word.endswith(".yaml") and Path(word).is_file()
-    ]
-    words = [word for word in argv if not word.endswith(".yaml")]
-    return hashlib.sha256(repr((words, texts)).encode()).hexdigest()[:16]
 
 
 def write_task(folder: Path, config: QuickstartConfig) -> None:

@@ -2,12 +2,13 @@
 
 The page answers in this order: did the model get better, by how much, how certainly; how training went; what the data
 are; what they look like. It holds its pictures and charts, runs no script and loads nothing: a strict content security
-policy says so to the browser, and everything that models or data wrote is escaped. Same input, same bytes.
+policy says so to the browser, and everything that models or data wrote is escaped. Same input, same bytes. Rows are
+read once and counted, not kept.
 """
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field
 
-from data_builders.records import InputError, Pair, Record, Row, Summary, Verdict, check_row
+from data_builders.audit import AUDIT_FILE
+from data_builders.records import InputError, Record, Row, Summary, check_row
 from data_builders.shards import read_stage, write_text
 from mpo import report_charts as charts
-from mpo.report_gallery import Answers, GalleryPicker, card, question_of
+from mpo import report_drawing as drawing
+from mpo.report_audit import Audit, audit_section
+from mpo.report_data import PairCounts, count_verdicts, left_out, read_pairs
+from mpo.report_gallery import Answers, GalleryPicker, card
+from mpo.report_texts import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -29,12 +35,17 @@ TEMPLATES = Path(__file__).parent / "templates"
 class ReportConfig:
     """Settings of `mpo report`. Every input may be left out, and its section with it; one at least is needed."""
 
-    output: str = field(metadata={"help": "folder that report.html is written to, or a path that ends in .html"})
+    output: str = field(
+        default="report.html",
+        metadata={"help": "folder that report.html is written to, or a path that ends in .html"},
+    )
     title: str = field(default="Mixed Preference Optimization", metadata={"help": "headline of the page"})
     image_root: str = field(default=".", metadata={"help": "folder that the images of the pairs are relative to"})
     evaluation: str | None = field(default=None, metadata={"help": "folder written by `mpo eval`"})
     training: str | None = field(default=None, metadata={"help": "folder written by `mpo train`"})
-    verdicts: str | None = field(default=None, metadata={"help": "folder of verdict shards"})
+    verdicts: str | None = field(
+        default=None, metadata={"help": "folder of verdict shards; its audit.json is shown where there is one"}
+    )
     pairs: list[str] = field(default_factory=list, metadata={"help": "folders of pair shards"})
     gallery_answers: str | None = field(
         default=None,
@@ -145,13 +156,18 @@ def _render(page: Row) -> str:
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=charts.percent, points=charts.points, count=lambda number: f"{number:,}")
-    html = environment.get_template("report.html.jinja").render(page)
-    return html.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, a file in UTF-8 cannot
+    return environment.get_template("report.html.jinja").render(page)
+
+
+def _finalize(value: object) -> object:
+    """What data say is shown whole: no character of it hides, reorders what follows or breaks the file."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _read_json(path: Path, model: type[Record], step: str) -> Row:
@@ -225,16 +241,16 @@ def _training_section(folder: Path) -> Row:
         return charts.Line(label, _series(history, key), color, dashed=dashed)
 
     loss = [
-        line("total", "loss", charts.INK),
-        line("preference", "loss/preference", charts.BLUE),
-        line("quality", "loss/quality", charts.ORANGE),
-        line("generation", "loss/generation", charts.GREEN),
+        line("total", "loss", drawing.INK),
+        line("preference", "loss/preference", drawing.BLUE),
+        line("quality", "loss/quality", drawing.ORANGE),
+        line("generation", "loss/generation", drawing.GREEN),
     ]
     rewards = [
-        line("margin", "rewards/margins", charts.PURPLE),
-        line("chosen", "rewards/chosen", charts.BLUE),
-        line("rejected", "rewards/rejected", charts.ORANGE),
-        line("shift δ", "reward_shift", charts.INK, dashed=True),
+        line("margin", "rewards/margins", drawing.PURPLE),
+        line("chosen", "rewards/chosen", drawing.BLUE),
+        line("rejected", "rewards/rejected", drawing.ORANGE),
+        line("shift δ", "reward_shift", drawing.INK, dashed=True),
     ]
     num_steps = max((row["step"] for row in history if isinstance(row.get("step"), int)), default=0)
     return {
@@ -273,64 +289,21 @@ def _training_facts(history: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _verdict_section(folder: Path) -> Row:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in read_stage(folder, Verdict):
-        counts[row.get("source", "")][row["verdict"]] += 1
-    total = sum(counts.values(), Counter())
-    return {
-        "chart": charts.verdict_chart(counts),
-        "num": total.total(),
-        "shares": [
-            (charts.CSS_NAMES[color], verdict, total[verdict], total[verdict] / total.total())
-            for verdict, color in charts.VERDICT_COLORS.items()
-        ],
-        "summary": f"{total.total():,} judged responses from {len(counts):,} sources",
-    }
-
-
-@dataclass
-class KindStatistics:
-    """What is counted over the pairs of one kind; lengths are sums over pairs."""
-
-    num: int = 0
-    per_question: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[str] = field(default_factory=Counter)
-
-    def add(self, pair: Row) -> None:
-        """Counts a pair in."""
-        self.num += 1
-        self.per_question[question_of(pair)] += 1
-        for side in ("chosen", "rejected"):
-            self.lengths[f"{side}_words"] += len(pair[side].split())
-            self.lengths[f"{side}_characters"] += len(pair[side])
-
-    def row(self, kind: str) -> Row:
-        """The line of the table: means over pairs, and pairs per question."""
-        means = {name: total / self.num for name, total in self.lengths.items()}
-        num_questions = len(self.per_question)
-        most = max(self.per_question.values())
-        return {
-            "kind": kind, "num": self.num, "num_questions": num_questions, "mean_pairs": self.num / num_questions,
-            "most_pairs": most, **means,
-        }  # fmt: skip
+    path = folder / AUDIT_FILE
+    audit = audit_section(_read_json(path, Audit, "mpo judge")) if path.is_file() else None
+    return {**count_verdicts(folder).section(), "audit": audit}
 
 
 def _pair_section(config: ReportConfig) -> Row:
     models, answers = _read_answers(Path(config.gallery_answers)) if config.gallery_answers else ([], {})
-    picker = GalleryPicker(config.gallery, answers)
-    kinds: dict[str, KindStatistics] = defaultdict(KindStatistics)
-    for folder in config.pairs:
-        for pair in read_stage(Path(folder), Pair):
-            kinds[pair["kind"]].add(pair)
-            picker.add(pair)
-    num = sum(statistics.num for statistics in kinds.values())
+    picker, counts = GalleryPicker(config.gallery, answers), PairCounts()
+    for pair in read_pairs(config.pairs):
+        counts.add(pair)
+        picker.add(pair)
+    section = counts.section()
     cards = [card(pair, answers, models, Path(config.image_root)) for pair in picker.picks()]
-    return {
-        "num": num,
-        "rows": [kinds[kind].row(kind) for kind in sorted(kinds)],
-        "cards": cards,
-        "summary": f"{num:,} pairs, {len(cards)} of them shown",
-    }
+    summary = f"{section['num']:,} pairs of {section['num_questions']:,} questions, {len(cards)} pairs shown"
+    return {**section, "left_out": left_out(config.pairs), "cards": cards, "summary": summary}
 
 
 def _read_answers(folder: Path) -> tuple[list[str], Answers]:

@@ -1,34 +1,31 @@
-"""Which pairs the report shows, and how: pictures inside the page, and what differs between chosen and rejected.
-
-Everything a model wrote leaves this module escaped.
-"""
+"""Which pairs the report shows, and what of each: its pictures, both texts, where they came from."""
 
 import base64
-import difflib
 import hashlib
 import io
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
-
 from data_builders.images import load_image
 from data_builders.records import Row
+from mpo.report_texts import as_text, highlight, shorten
 
 MAX_SIDE = 512  # pixels; larger pictures are scaled down before they go into the page
 SMALL_SIDE = 128  # pixels; smaller pictures are shown enlarged, each pixel sharp
-PREFIX_ENDS = 240  # characters kept at either end of a long shared beginning
-MIN_RATIO = 0.2  # share of common words below which marks would cover everything
-MAX_REST = 1600  # characters shown after it
+MAX_PICTURES = 6  # of one pair
+MAX_FIELDS = 40  # lines of provenance
 
 Group = tuple[str, str]  # kind and source of a pair
+Candidate = tuple[tuple[bool, str], Row]  # how early a pair is taken, and the pair
 Answers = Mapping[str, Mapping[str, Row]]  # question id -> model -> row of answers.jsonl
 
-# A Chinese, Japanese or Korean character is a word of its own.
-_WORDS = re.compile(r"[\u2e80-\uffdc]\s*|[^\s\u2e80-\uffdc]+\s*")
+# What is read first of where a response came from; what else a row has follows by name.
+_PROVENANCE = (
+    "model", "prompt", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "index", "finish_reason",
+    "verdict", "prediction", "rule", "ratio", "with_image",
+)  # fmt: skip
 
 
 def question_of(pair: Row) -> str:
@@ -52,44 +49,61 @@ class GalleryPicker:
         """
         self.num = num
         self.answered = frozenset(answered)
-        self._candidates: dict[Group, dict[str, Row]] = defaultdict(dict)
+        self._candidates: dict[Group, dict[str, Candidate]] = defaultdict(dict)
 
     def add(self, pair: Row) -> None:
-        """Takes note of a pair; keeps one per question and only as many questions as could be picked."""
+        """Takes note of a pair; keeps one per question, and only as many questions and sources as could be picked."""
         group = self._candidates[pair["kind"], pair.get("source", "")]
         question = question_of(pair)
-        group[question] = min(group.get(question, pair), pair, key=self._order)
+        candidate = (self._order(question, pair["id"]), pair)
+        group[question] = min(group.get(question, candidate), candidate, key=_rank)
         if len(group) > 2 * self.num:
-            for worse in sorted(group, key=lambda name: self._order(group[name]))[self.num :]:
+            for worse in sorted(group, key=lambda name: _rank(group[name]))[self.num :]:
                 del group[worse]
+        if len(self._candidates) > 8 * self.num:
+            self._candidates = defaultdict(dict, self._first_sources())
 
     def picks(self) -> list[Row]:
         """The pairs: one of each kind and source in turn, each question once."""
+        candidates = self._first_sources()
         queues = [
-            sorted(group.values(), key=self._order, reverse=True)
-            for _, group in sorted(self._candidates.items(), key=_by_turn(self._candidates))
+            sorted(group.values(), key=_rank, reverse=True)
+            for _, group in sorted(candidates.items(), key=_by_turn(candidates))
         ]
         picked: dict[str, Row] = {}
         while any(queues) and len(picked) < self.num:
             for queue in queues:
-                while queue and question_of(queue[-1]) in picked:
+                while queue and question_of(queue[-1][1]) in picked:
                     queue.pop()
                 if queue and len(picked) < self.num:
-                    best = queue.pop()
+                    _, best = queue.pop()
                     picked[question_of(best)] = best
         return list(picked.values())
 
-    def _order(self, pair: Row) -> tuple[bool, str]:
+    def _first_sources(self) -> dict[Group, dict[str, Candidate]]:
+        """Of each kind the first sources by name: a data set may have more of them than pairs are wanted."""
+        sources = _sources_by_kind(self._candidates)
+        return {(kind, name): self._candidates[kind, name] for kind in sources for name in sources[kind][: self.num]}
+
+    def _order(self, question: str, name: str) -> tuple[bool, str]:
         """Answered questions first, then by a hash, so that the picks are spread over the whole stage."""
-        digest = hashlib.sha256(pair["id"].encode(errors="replace")).hexdigest()
-        return question_of(pair) not in self.answered, digest
+        return question not in self.answered, hashlib.sha256(name.encode(errors="replace")).hexdigest()
+
+
+def _rank(candidate: Candidate) -> tuple[bool, str]:
+    return candidate[0]
+
+
+def _sources_by_kind(groups: Iterable[Group]) -> dict[str, list[str]]:
+    sources: dict[str, list[str]] = defaultdict(list)
+    for kind, source in sorted(groups):
+        sources[kind].append(source)
+    return sources
 
 
 def _by_turn(groups: Iterable[Group]) -> Callable[[tuple[Group, Any]], tuple[int, str]]:
     """The first source of every kind, then the second of every kind, and so on."""
-    sources: dict[str, list[str]] = defaultdict(list)
-    for kind, source in sorted(groups):
-        sources[kind].append(source)
+    sources = _sources_by_kind(groups)
     return lambda item: (sources[item[0][0]].index(item[0][1]), item[0][0])
 
 
@@ -105,23 +119,60 @@ def card(pair: Row, answers: Answers, models: Sequence[str], image_root: Path) -
     Raises:
         InputError: An image is missing, broken or outside the root.
     """
-    chosen, rejected = highlight(pair["chosen"], pair["rejected"])
+    chosen, rejected = highlight(pair["chosen"], pair["rejected"], kept=_kept(pair))
+    question = str(pair.get("question") or pair["prompt"])
     given = answers.get(question_of(pair), {})
+    names = pair.get("images", [])
     return {
         "kind": pair["kind"],
         "source": pair.get("source", ""),
         "id": pair["id"],
-        "question": shorten(str(pair.get("question") or pair["prompt"]), 600),
-        "answer": pair.get("answer"),
-        "images": [picture(image_root, name) for name in pair.get("images", [])],
+        "question": shorten(question, 600),
+        "asked": None if pair["prompt"] == question else shorten(pair["prompt"], 1200),
+        "answer": None if pair.get("answer") is None else shorten(pair["answer"], 300),
+        "images": [picture(image_root, name) for name in names[:MAX_PICTURES]],
+        "num_hidden_images": len(names[MAX_PICTURES:]),
+        "files": shorten(", ".join(names), 300),
         "chosen": chosen,
         "rejected": rejected,
+        "kept": _kept(pair),
+        "provenance": provenance(pair),
         "answers": [
             {**given[model], "response": shorten(given[model].get("response") or "", 320)}
             for model in models
             if model in given
         ],
     }
+
+
+def _kept(pair: Row) -> int:
+    """Characters of the chosen response that a DropoutNTP continuation began with; 0 where the row does not say."""
+    kept = (pair.get("rejected_meta") or {}).get("prefix_characters")
+    return kept if isinstance(kept, int) and 0 < kept <= len(pair["chosen"]) else 0
+
+
+def provenance(pair: Row) -> list[tuple[str, str, str]]:
+    """Where both responses came from and why they were judged so: name, of the chosen one, of the rejected one.
+
+    >>> provenance({"chosen_meta": {"rule": "number", "sampler": {"seed": 0}}, "rejected_meta": {"rule": "failed"}})
+    [('seed', '0', '–'), ('rule', 'number', 'failed')]
+    """
+    chosen, rejected = _flat(pair.get("chosen_meta") or {}), _flat(pair.get("rejected_meta") or {})
+    order = {name: place for place, name in enumerate(_PROVENANCE)}
+    names = sorted({*chosen, *rejected}, key=lambda name: (order.get(name, len(order)), name))[:MAX_FIELDS]
+    values = [[as_text(side.get(name, "–"), 300) for side in (chosen, rejected)] for name in names]
+    return [(shorten(name.replace("_", " "), 60), *both) for name, both in zip(names, values, strict=True)]
+
+
+def _flat(meta: Row) -> Row:
+    """The sampler's fields by their own names, those of any other part of the row behind the part's name."""
+    flat: Row = {}
+    for name, value in meta.items():
+        if isinstance(value, dict):
+            flat |= {inner if name == "sampler" else f"{name}: {inner}": value[inner] for inner in value}
+        else:
+            flat[name] = value
+    return flat
 
 
 def picture(image_root: Path, name: str) -> Row:
@@ -136,68 +187,3 @@ def picture(image_root: Path, name: str) -> Row:
     image.save(data, format="PNG", optimize=True)
     uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
     return {"uri": uri, "width": image.width, "height": image.height, "small": max(image.size) <= SMALL_SIDE}
-
-
-def shorten(text: str, limit: int) -> str:
-    """The beginning of a text that may be long, saying how much is left out.
-
-    >>> shorten("abcdef", 4)
-    'abcd … (2 more characters)'
-    """
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
-
-
-def highlight(chosen: str, rejected: str) -> tuple[Markup, Markup]:
-    """Two responses with what only one of them says in `<mark>` and their shared beginning in a quiet `<span>`.
-
-    Everything is escaped. Two responses that have next to nothing in common are left unmarked: all of them differs.
-
-    >>> highlight("It is <7>, yes.", "It is <9>, yes.")[0]
-    Markup('<span class="shared">It is </span><mark>&lt;7&gt;,</mark> yes.')
-    """
-    ours, theirs = _WORDS.findall(chosen.strip()), _WORDS.findall(rejected.strip())
-    num_shared = _num_shared(ours, theirs)
-    start = _prefix("".join(ours[:num_shared]))
-    ours, our_rest = _cut(ours[num_shared:])
-    theirs, their_rest = _cut(theirs[num_shared:])
-    matcher = difflib.SequenceMatcher(None, _stripped(ours), _stripped(theirs), autojunk=False)
-    marked = num_shared > 0 or matcher.ratio() > MIN_RATIO
-    chosen_html, rejected_html = start, start
-    for change, i, j, k, end in matcher.get_opcodes():
-        chosen_html += _piece(ours[i:j], marked=marked and change != "equal")
-        rejected_html += _piece(theirs[k:end], marked=marked and change != "equal")
-    return chosen_html + our_rest, rejected_html + their_rest
-
-
-def _stripped(words: list[str]) -> list[str]:
-    return [word.strip() for word in words]
-
-
-def _num_shared(ours: list[str], theirs: list[str]) -> int:
-    for number, (one, other) in enumerate(zip(_stripped(ours), _stripped(theirs), strict=False)):
-        if one != other:
-            return number
-    return min(len(ours), len(theirs))
-
-
-def _prefix(text: str) -> Markup:
-    if len(text) > 2 * PREFIX_ENDS:
-        text = f"{text[:PREFIX_ENDS]} … {text[-PREFIX_ENDS:]}"
-    return Markup('<span class="shared">{}</span>').format(text) if text else Markup("")
-
-
-def _cut(words: list[str]) -> tuple[list[str], Markup]:
-    """The words that fit, and a note on the rest."""
-    text = "".join(words)
-    if len(text) <= MAX_REST:
-        return words, Markup("")
-    note = Markup('<span class="shared"> … ({:,} more characters)</span>').format(len(text) - MAX_REST)
-    return _WORDS.findall(text[:MAX_REST]), note
-
-
-def _piece(words: list[str], *, marked: bool) -> Markup:
-    text = "".join(words)
-    if not marked or not text:
-        return escape(text)
-    bare = text.rstrip()
-    return Markup("<mark>{}</mark>{}").format(bare, text[len(bare) :])

@@ -58,7 +58,7 @@ def test_other_settings_for_the_same_folder_are_refused(finished: Path, configs:
 def test_a_folder_of_the_users_own_is_left_alone(configs: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds data and is no quickstart's"):
+    with pytest.raises(InputError, match="holds data and no progress.json"):
         run_verb("quickstart", arguments(tmp_path, configs))
     assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
 

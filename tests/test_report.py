@@ -1,17 +1,25 @@
 import json
 import os
 import re
+import time
+import tracemalloc
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from browser import find_browser, open_browser
 from PIL import Image
 
+from data_builders import judge
 from data_builders.records import InputError
 from data_builders.shards import write_text
 from mpo import report_charts as charts
+from mpo import report_drawing as drawing
 from mpo.report import ReportConfig, run
-from mpo.report_gallery import GalleryPicker, highlight, picture
+from mpo.report_data import PairCounts
+from mpo.report_gallery import GalleryPicker, card, picture
+from mpo.report_histograms import bin_edges, binned
+from mpo.report_texts import highlight, visible
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -54,9 +62,39 @@ def pair(name="q-1#0", **more):
     return {**row, **sides, "kind": "correctness", "source": "sum", "answer": "8", **more}
 
 
-def verdict(number, value, source="sum"):
+def verdict(number, value, source="sum", rule="number"):
     return {"id": f"q-{number}", "question": "?", "answer": "8", "source": source, "response": "8", "prompt": "?",
-            "sampler": {}, "verdict": value, "rule": "number"}  # fmt: skip
+            "sampler": {}, "verdict": value, "rule": rule}  # fmt: skip
+
+
+def audit(*, text="plain", source="sum"):
+    row = {"id": f"q-1 {text}", "index": 2, "source": source, "images": [], "question": f"{text}?"}
+    row |= {"answers": ["8", text], "response": f"So {text}.", "prediction": text}
+    row |= {"verdict": "wrong", "rule": f"{text} text"}
+    disputed = {**row, "other_verdict": "correct", "other_prediction": f"{text} 8"}
+    at = {"source": source, "rule": "number"}
+    return {
+        "version": 1, "seed": 0, "rows_per_source": 1000,
+        "verdicts": [{**at, "correct": 5, "wrong": 3, "no_answer": 0}],
+        "disagreements": [
+            {**at, "other": "anls", "compared": 100, "differ": 0, "examples": []},
+            {**at, "other": f"{text} relaxed", "compared": 100, "differ": 3, "examples": [disputed]},
+            {**at, "other": "internvl", "compared": 50, "differ": 30, "examples": [disputed] * 2},
+        ],
+        "sample": [row, {**row, "verdict": "no_answer", "prediction": None, "judge": {"reply": text, "model": "J"}}],
+    }  # fmt: skip
+
+
+def meta(verdict="correct", prediction="8", **sampler):
+    told = {"model": "M", "prompt": "boxed@0123abcd", "temperature": 1.0, "seed": 7, "index": 3, **sampler}
+    return {"sampler": told, "finish_reason": "stop", "verdict": verdict, "prediction": prediction, "rule": "number"}
+
+
+def continued(name="q-5#ntp0", **more):
+    chosen, rejected = "The boat lies in the harbour.", "The boat lies at sea."
+    ended = {"sampler": {"model": "M"}, "ratio": 0.5, "with_image": False, "prefix_characters": 13}
+    row = pair(name, kind="dropout_ntp", answer=None, chosen=chosen, rejected=rejected)
+    return {**row, "chosen_meta": {"sampler": {"model": "M"}}, "rejected_meta": ended, **more}
 
 
 def log_entry(step, **more):
@@ -116,7 +154,13 @@ def whole_run(tmp_path, texts=("plain", "plain", "plain", "plain", "plain")):
         pair("q-3", kind="dropout_ntp", question=three, answer=None, chosen="It is 3.", rejected="It is a lake."),
     ]
     rows[0].update(answer=two, chosen=f"Yes, {four} and {five}", rejected=f"Yes, {five} but {one}")
-    write_rows(tmp_path / "verdicts" / "00000.jsonl", [verdict(1, "correct", one), verdict(2, "wrong", three)])
+    rows[0].update(
+        chosen_meta=meta(prediction=two, model=one), rejected_meta={four: three, "sampler": {five: {one: 2}}}
+    )
+    judged = [verdict(1, "correct", one, f"{two} rule"), verdict(2, "wrong", three)]
+    write_rows(tmp_path / "verdicts" / "00000.jsonl", judged)
+    write_json(tmp_path / "verdicts" / "audit.json", audit(text=four, source=five))
+    write_rows(tmp_path / "pairs" / "dropped" / "00000.jsonl", [{"id": "q-4", "reason": f"{five} reason"}])
     return {
         "title": f"{five} title", "evaluation": folder, "gallery_answers": folder,
         "pairs": write_pairs(tmp_path / "pairs", rows), "verdicts": str(tmp_path / "verdicts"),
@@ -244,12 +288,141 @@ def test_verdicts_are_counted_by_source(tmp_path):
     assert "7 responses" in text
 
 
+def test_verdicts_are_counted_by_the_rule_that_decided(tmp_path):
+    rows = [verdict(n, "correct") for n in range(3)] + [verdict(9, "wrong"), verdict(3, "no_answer", rule="extract")]
+    write_rows(tmp_path / "verdicts" / "00000.jsonl", rows)
+    text = Reader(report(tmp_path, verdicts=str(tmp_path / "verdicts"))).text
+    assert "Share correct number431075.0% extract10010.0%" in text
+
+
+def test_the_rarest_of_many_rules_are_counted_together(tmp_path):
+    rows = [verdict(n, "correct", rule=f"rule {n:02d}") for n in range(25)]
+    write_rows(tmp_path / "verdicts" / "00000.jsonl", rows)
+    text = Reader(report(tmp_path, verdicts=str(tmp_path / "verdicts"))).text
+    assert "rule 19110" in text
+    assert "rule 20" not in text
+    assert "5 more5500100.0%" in text
+
+
+def write_verdicts(folder, audit):
+    write_rows(folder / "00000.jsonl", [verdict(1, "correct")])
+    write_json(folder / "audit.json", audit)
+    return str(folder)
+
+
+def test_the_audit_says_how_often_rules_disagree_the_worst_first(tmp_path):
+    text = Reader(report(tmp_path, verdicts=write_verdicts(tmp_path / "verdicts", audit()))).text
+    assert "in 33 of 250 comparisons (13.2%) the verdicts differ" in text
+    first, second = (
+        "number decided, internvl differs 30 of 50, 60.0%",
+        "number decided, plain relaxed differs 3 of 100",
+    )
+    assert 0 < text.index(first) < text.index(second)
+    assert "1 pair of rules never disagreed." in text
+    assert "anls" not in text
+    assert "No answer sumnumber530" in text
+
+
+def test_a_disputed_response_stands_with_both_verdicts_and_what_they_are_based_on(tmp_path):
+    text = Reader(report(tmp_path, verdicts=write_verdicts(tmp_path / "verdicts", audit()))).text
+    assert "plain? Reference answer: 8 | plain So plain. wrong by plain text, from plain correct by internvl, " in text
+    assert "by internvl, from plain 8" in text
+
+
+def test_the_random_sample_is_shown_by_source_with_the_judges_words(tmp_path):
+    text = Reader(report(tmp_path, verdicts=write_verdicts(tmp_path / "verdicts", audit(source="")))).text
+    sample = text[text.index("A random sample to read") :]
+    assert "(no source) 2 responses" in sample
+    assert "no answer by plain text judge, reply: plain judge, model: J" in sample
+
+
+def test_an_audit_of_a_single_rule_says_that_nobody_else_was_asked(tmp_path):
+    content = {**audit(), "disagreements": [], "sample": []}
+    text = Reader(report(tmp_path, verdicts=write_verdicts(tmp_path / "verdicts", content))).text
+    assert "No other rule was asked." in text
+    assert "A random sample" not in text
+
+
+def test_the_report_reads_the_audit_that_judge_writes(tmp_path):
+    row = {"id": "q", "question": "?", "answer": "1,000", "source": "count", "prompt": "?", "sampler": {}}
+    texts = ("Final answer: 1000", "Final answer: 960", "I cannot see how many there are in such a dark picture.")
+    write_rows(tmp_path / "responses.jsonl", [{**row, "response": text} for text in texts])
+    judge.run(judge.JudgeConfig(responses=str(tmp_path / "responses.jsonl"), output=str(tmp_path / "verdicts")))
+    text = Reader(report(tmp_path, verdicts=str(tmp_path / "verdicts"))).text
+    assert "count: number decided, relaxed differs 1 of 2, 50.0%" in text
+    assert "wrong by number, from 960 correct by relaxed, from 960" in text
+    assert "count 3 responses" in text
+
+
 def test_pairs_are_counted_and_measured_by_kind(tmp_path):
     rows = [pair("q-1#0"), pair("q-1#1"), pair("q-2#0"), pair("q-9#0", kind="format", rejected="Hm, no.")]
     text = Reader(report(tmp_path, pairs=write_pairs(tmp_path / "pairs", rows))).text
-    assert "4 preference pairs" in text
-    assert "correctness321.5 at most 25.0 words 15.0 characters7.0 words 21.0 characters" in text
-    assert "format111.0 at most 15.0 words 15.0 characters2.0 words 7.0 characters" in text
+    assert "4 preference pairs of 3 questions from 1 source. The chosen response is the longer one in 25.0%" in text
+    assert "correctness321.5 at most 25.0 words 15.0 characters7.0 words 21.0 characters0.0%" in text
+    assert "format111.0 at most 15.0 words 15.0 characters2.0 words 7.0 characters100.0%" in text
+
+
+def test_pairs_alone_make_a_page_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16), "red").save("small.png")
+    run(ReportConfig(pairs=write_pairs(Path("pairs"), [pair(images=["small.png"]), continued()])))
+    page = Reader(Path("report.html").read_text(encoding="utf-8"))
+    assert page.sections == ["pairs", "gallery"]
+    assert "2 preference pairs of 2 questions" in page.text
+    assert page.tags.count("img") == 1
+    assert page.tags.count("article") == 2
+
+
+def test_lengths_are_drawn_for_both_sides_of_each_kind_in_words_and_characters(tmp_path):
+    rows = [pair("a#0"), pair("b#0", chosen="one two three", rejected="no"), continued()]
+    elements = Reader(report(tmp_path, pairs=write_pairs(tmp_path / "pairs", rows))).elements
+    said = [attributes["aria-label"] for tag, attributes in elements if tag == "svg"]
+    assert said[:4] == [
+        "Histogram. chosen, in words: median 3, 90% between 3 and 5; "
+        "rejected, in words: median 1, 90% between 1 and 7.",
+        "Histogram. chosen, in characters: median 13, 90% between 13 and 15; "
+        "rejected, in characters: median 2, 90% between 2 and 21.",
+        "Histogram. chosen, in words: median 6, 90% between 6 and 6; "
+        "rejected, in words: median 5, 90% between 5 and 5.",
+        "Histogram. chosen, in characters: median 29, 90% between 29 and 29; "
+        "rejected, in characters: median 21, 90% between 21 and 21.",
+    ]
+    assert said[4] == "Histogram. questions, in pairs of a question: median 1, 90% between 1 and 1."
+    assert said[5] == "Kinds of pairs by source. sum: 2 correctness, 1 dropout_ntp"
+
+
+def test_pairs_of_a_question_are_counted_over_kinds_and_folders(tmp_path):
+    one = write_pairs(tmp_path / "one", [pair("q-1#0"), pair("q-2#0")])
+    two = write_pairs(tmp_path / "two", [pair("q-1#9", kind="format"), pair("q-1#10", kind="format")])
+    text = Reader(report(tmp_path, pairs=[*one, *two])).text
+    assert "4 preference pairs of 2 questions" in text
+    assert "share of questions median 1, 90% between 1 and 3 pairs" in text
+
+
+def test_verdicts_are_taken_from_the_pairs_where_no_others_are_given(tmp_path):
+    judged = {"chosen_meta": meta(), "rejected_meta": meta("no_answer", None)}
+    rows = [pair("a#0", **judged), pair("b#0", source="read", **judged), continued()]
+    inputs = {"pairs": write_pairs(tmp_path / "pairs", rows)}
+    html = report(tmp_path, **inputs)
+    assert "Verdicts by source. read: 1 correct, 1 no_answer; sum: 1 correct, 1 no_answer" in html
+    assert "correct 2, 50.0%" in Reader(html).text
+    write_rows(tmp_path / "verdicts" / "00000.jsonl", [verdict(1, "wrong")])
+    html = report(tmp_path, verdicts=str(tmp_path / "verdicts"), **inputs)
+    assert "Verdicts by source. sum: 1 wrong" in html
+    assert "Verdicts by source. read" not in html
+
+
+def test_pairs_that_nobody_judged_have_no_verdicts(tmp_path):
+    html = report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [pair(), continued()]))
+    assert "Verdicts" not in html
+
+
+def test_what_was_left_out_on_the_way_stands_with_its_reason(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", [pair()])
+    reasons = ["only correct responses", "no correct response", "only correct responses"]
+    write_rows(tmp_path / "pairs" / "dropped" / "00000.jsonl", [{"id": "q", "reason": reason} for reason in reasons])
+    text = Reader(report(tmp_path, pairs=pairs)).text
+    assert "Left out on the way: pairs 2 only correct responses, 1 no correct response." in text
 
 
 def test_a_card_shows_what_each_model_answers_to_the_question_of_its_pair(tmp_path):
@@ -272,10 +445,13 @@ def test_sections_without_input_are_left_out(tmp_path):
         "evaluation",
         "training",
         "verdicts",
+        "audit",
         "pairs",
         "gallery",
     ]
     assert Reader(report(tmp_path, training=everything["training"])).sections == ["training"]
+    assert Reader(report(tmp_path, verdicts=everything["verdicts"])).sections == ["verdicts", "audit"]
+    (tmp_path / "verdicts" / "audit.json").unlink()
     assert Reader(report(tmp_path, verdicts=everything["verdicts"])).sections == ["verdicts"]
     assert Reader(report(tmp_path, pairs=everything["pairs"], gallery=0)).sections == ["pairs"]
 
@@ -309,7 +485,7 @@ def test_hostile_texts_change_no_element_of_the_page(tmp_path):
 def test_names_in_charts_are_neither_markup_nor_tex():
     for text in HOSTILE:
         chart = Reader(charts.verdict_chart({text: {"correct": 1}, "b": {"wrong": 2}}))
-        assert charts.label(text) in chart.text
+        assert drawing.label(text) in chart.text
         assert set(chart.tags) <= {"svg", "g", "path", "text", "defs", "use", "clippath", "rect"}
 
 
@@ -319,7 +495,31 @@ def test_control_characters_and_half_characters_do_not_break_the_page(tmp_path):
     pairs = write_pairs(tmp_path / "half", [pair("q-8", question="half \ud83d of a character")])
     text = Reader(report(tmp_path, **{**inputs, "pairs": [*inputs["pairs"], *pairs]})).text
     assert "a b c d e" in text
-    assert "half ? of a character" in text
+    assert "half \ufffd of a character" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("in\u202evisible", "in[U+202E]visible"),
+        ("\u2066isolated\u2069", "[U+2066]isolated[U+2069]"),
+        ("zero\u200bwidth", "zero[U+200B]width"),
+        ("\x00\x1b\x7f\x85", "\u2400\u241b[U+007F][U+0085]"),
+        ("\ud83d and \udc00", "\ufffd and \ufffd"),
+        ("hidden\U000e0068\U000e0069", "hidden[U+E0068][U+E0069]"),
+        ("tab\tand\nline", "tab\tand\nline"),
+        ("\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u56fe \U0001f600\u200d\U0001f525", None),
+    ],
+)
+def test_no_character_of_a_text_is_unseen_or_moves_others(text, shown):
+    assert visible(text) == (text if shown is None else shown)
+
+
+def test_marks_that_reorder_text_reach_no_part_of_the_page(tmp_path):
+    for odd in ("evil\u202etxt", "\u2067x", "tag\U000e0041"):
+        page = report(tmp_path, **whole_run(tmp_path, [odd] * 5))
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]", page)
+        assert visible(odd) in page
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
@@ -373,6 +573,20 @@ def test_many_sources_are_drawn_as_the_largest_and_the_rest():
     assert "415 responses" in text  # 85 + 84 + 83 + 82 + 81
 
 
+def test_a_histogram_has_as_many_bars_as_can_be_told_apart():
+    assert bin_edges([{5: 3}]) == [4.5 + number for number in range(13)]
+    edges = bin_edges([{100: 1, 1000: 1}, {300: 1}])
+    assert (edges[0], edges[-1], edges[1] - edges[0], len(edges)) == (99.5, 1049.5, 50, 20)
+
+
+def test_a_few_outliers_do_not_squeeze_a_histogram_and_are_counted_in_its_last_bar():
+    lengths = {10: 500, 12: 499, 100_000: 1}
+    edges = bin_edges([lengths])
+    assert edges[-1] == 21.5
+    assert binned(lengths, edges)[:3] == [0.5, 0.0, 0.499]
+    assert binned(lengths, edges)[-1] == 0.001
+
+
 def test_a_chart_tells_its_numbers_to_those_who_do_not_see_it():
     chart = charts.accuracy_chart(evaluation(), "direct")
     attributes = Reader(chart).elements[0][1]
@@ -384,7 +598,7 @@ def test_a_chart_tells_its_numbers_to_those_who_do_not_see_it():
 
 
 def test_every_model_has_its_own_colour_and_the_first_stays_grey():
-    assert charts.model_colors(["a", "b", "c"]) == {"a": charts.BASELINE, "b": charts.BLUE, "c": charts.ORANGE}
+    assert charts.model_colors(["a", "b", "c"]) == {"a": drawing.BASELINE, "b": drawing.BLUE, "c": drawing.ORANGE}
 
 
 # The gallery
@@ -419,6 +633,93 @@ def test_the_gallery_prefers_answered_questions_and_does_not_depend_on_the_order
     assert len(picked[0]) == 3
 
 
+def test_the_gallery_picks_the_same_of_more_sources_than_it_shows_in_any_order():
+    rows = [pair(f"q-{number}#0", source=f"source {number:04d}") for number in range(2000)]
+    picked = []
+    for stream in (rows, rows[::-1], rows[::2] + rows[1::2]):
+        picker = GalleryPicker(3)
+        for row in stream:
+            picker.add(row)
+        picked.append([pick["source"] for pick in picker.picks()])
+    assert picked == [["source 0000", "source 0001", "source 0002"]] * 3
+
+
+def texts_in_memory(take, num_sources):
+    """The most bytes that are held at any time while 3,000 pairs of 3,000 characters are taken in."""
+    tracemalloc.start()
+    for number in range(3000):
+        text = f"{number:04d} " * 300
+        source = f"source {number % num_sources:04d}"
+        take(pair(f"q-{number}#0", source=source, chosen=text, rejected=text[::-1]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("num_sources", [1, 50, 3000])
+def test_the_gallery_keeps_few_pairs_however_many_there_are(num_sources):
+    picker = GalleryPicker(2)
+    assert texts_in_memory(picker.add, num_sources) < 300_000  # of 9,000,000
+    assert len(picker.picks()) == 2
+
+
+def test_pairs_are_counted_and_not_kept():
+    counts = PairCounts()
+    assert texts_in_memory(counts.add, 1) < 300_000  # of 9,000,000
+    assert counts.section()["num"] == 3000
+
+
+def test_a_card_says_where_both_responses_come_from(tmp_path):
+    row = pair(chosen_meta=meta(), rejected_meta=meta("wrong", "9", index=4) | {"judge": {"model": "J"}})
+    assert card(row, {}, [], tmp_path)["provenance"] == [
+        ("model", "M", "M"),
+        ("prompt", "boxed@0123abcd", "boxed@0123abcd"),
+        ("temperature", "1.0", "1.0"),
+        ("seed", "7", "7"),
+        ("index", "3", "4"),
+        ("finish reason", "stop", "stop"),
+        ("verdict", "correct", "wrong"),
+        ("prediction", "8", "9"),
+        ("rule", "number", "number"),
+        ("judge: model", "–", "J"),
+    ]
+    html = report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [row]))
+    assert "Asked asWhat is the sum? Think." in Reader(html).text
+    assert ("details", {}) in Reader(html).elements
+    assert '<td colspan="2" dir="auto">boxed@0123abcd</td>' in html
+
+
+def test_a_pair_of_which_nothing_is_known_has_nothing_to_open(tmp_path):
+    row = pair(prompt="What is the sum?")
+    assert "details" not in Reader(report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [row]))).tags
+
+
+def test_at_most_six_pictures_of_a_pair_are_shown(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "small.png")
+    html = report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [pair(images=["small.png"] * 9)]))
+    assert html.count("<img") == 6
+    assert "and 3 more" in html
+
+
+def test_what_a_continuation_was_given_is_set_off_from_what_it_says(tmp_path):
+    html = report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [continued()]))
+    assert '<span class="kept">The boat lies</span> <mark>in the harbour.</mark>' in html
+    assert '<span class="kept">The boat lies</span> <mark>at sea.</mark>' in html
+    assert "the first 13 characters of the chosen response" in html
+
+
+def test_a_continuation_that_starts_alike_is_compared_after_the_cut():
+    chosen, rejected = highlight("图中有三只猫在睡", "图中有三只狗在跑", kept=3)
+    assert chosen == '<span class="kept">图中有</span>三只<mark>猫</mark>在<mark>睡</mark>'
+    assert rejected == '<span class="kept">图中有</span>三只<mark>狗</mark>在<mark>跑</mark>'
+
+
+@pytest.mark.parametrize("kept", [29, 1000, -3, "13", None])
+def test_a_wrong_count_of_kept_characters_does_not_break_a_card(tmp_path, kept):
+    row = continued(rejected_meta={"prefix_characters": kept})
+    assert "<mark>" in card(row, {}, [], tmp_path)["chosen"]
+
+
 def test_what_differs_is_marked_and_a_shared_beginning_is_not():
     chosen, rejected = highlight("5 and 3\ngive 8, so 8 it is", "5 and 3 give 9, so 9 it is")
     assert chosen == '<span class="shared">5 and 3\ngive </span><mark>8,</mark> so <mark>8</mark> it is'
@@ -439,6 +740,27 @@ def test_a_difference_after_a_long_shared_beginning_is_still_seen():
     assert len(chosen) < 700
     assert "<mark>dog end" in rejected
     assert rejected.endswith("… (2,403 more characters)</span>")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("x " * 900, "x y " * 450),
+        ("哈" * 2000, "哈呵" * 1000),
+        ("一二二" * 600, "一一二" * 600),
+        ("a" * 5_000_000, "b" * 5_000_000),
+        ("word " * 1_000_000 + "cat", "word " * 1_000_000 + "dog"),
+        ("<" * 100_000, "&" * 100_000),
+        (" " * 1_000_000 + "a", "\n" * 1_000_000 + "b"),
+        ("\u202e" * 100_000, "\ud800" * 100_000),
+    ],
+    ids=lambda text: text[:3].encode(errors="replace").decode(),
+)
+def test_a_hostile_response_costs_next_to_nothing_and_fills_no_page(chosen, rejected):
+    start = time.perf_counter()
+    shown = highlight(chosen, rejected)
+    assert time.perf_counter() - start < 1.5
+    assert max(map(len, shown)) < 30_000
 
 
 def test_pictures_are_scaled_down_to_512_pixels_and_small_ones_marked_as_small(tmp_path):
@@ -472,6 +794,10 @@ def cut_off_training(tmp_path):
     return {"training": str(tmp_path / "train")}
 
 
+def broken_audit(tmp_path):
+    return {"verdicts": write_verdicts(tmp_path / "verdicts", {**audit(), "verdicts": [{"source": "sum"}]})}
+
+
 def picture_outside(tmp_path):
     return {"pairs": write_pairs(tmp_path / "pairs", [pair(images=["../secret.png"])])}
 
@@ -494,6 +820,7 @@ def empty_stage(tmp_path):
         (no_percentages, r"accuracy.0.accuracy` is 61.2: input should be less than or equal to 1"),
         (style_without_numbers, "no accuracy is given for any of the styles other"),
         (cut_off_training, "was the file cut off"),
+        (broken_audit, "audit.json: `verdicts.0.rule` is missing"),
         (picture_outside, "outside the image root"),
         (empty_stage, "holds no JSONL shard"),
     ],
@@ -534,9 +861,9 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request_to_anywhere(tmp_
     report(tmp_path, **whole_run(tmp_path, HOSTILE))
     browser.open(tmp_path / "out" / "report.html")
     assert browser.evaluate("[...document.images].map(image => image.naturalWidth)") == [16, 512]
-    assert (
-        browser.evaluate("[...document.querySelectorAll('svg')].map(svg => svg.getBBox().width > 100)") == [True] * 4
-    )
+    widths = browser.evaluate("[...document.querySelectorAll('svg')].map(svg => svg.getBBox().width)")
+    assert len(widths) == 4 + 2 * 3 + 2  # of the run, lengths of three kinds of pairs, pairs per question and source
+    assert min(widths) > 100
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.errors() == []
     page, *rest = browser.requests()
@@ -569,6 +896,31 @@ def test_no_word_is_too_long_for_the_page(tmp_path, browser, media, width):
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=True)
     browser.open(tmp_path / "out" / "report.html")
     assert browser.evaluate("document.documentElement.scrollWidth") == width
+    browser.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_a_click_shows_where_a_pair_comes_from(tmp_path, browser):
+    row = pair(chosen_meta=meta(), rejected_meta=meta("wrong", "9"))
+    report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [row]))
+    browser.open(tmp_path / "out" / "report.html")
+    shown = "document.querySelector('.origin').checkVisibility()"
+    assert browser.evaluate(shown) is False
+    x, y = browser.evaluate(
+        "(() => { const s = document.querySelector('summary'); s.scrollIntoView();"
+        " const box = s.getBoundingClientRect(); return [box.x + 20, box.y + box.height / 2] })()"
+    )
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    assert browser.evaluate(shown) is True
+    assert "boxed@0123abcd" in browser.evaluate("document.querySelector('.origin').innerText")
+
+
+def test_a_text_written_backwards_is_shown_forwards(tmp_path, browser):
+    report(tmp_path, pairs=write_pairs(tmp_path / "pairs", [pair(chosen="It is \u202e8 no 9\u202c, surely.")]))
+    browser.open(tmp_path / "out" / "report.html")
+    text = browser.evaluate("document.querySelector('.chosen .text').innerText")
+    assert text == "It is [U+202E]8 no 9[U+202C], surely."
 
 
 def test_the_browser_would_have_noticed_a_request_and_an_error(tmp_path, browser):
