@@ -230,6 +230,9 @@ def _may_be_chosen(row: Row, options: PairOptions, left_out: Counter[str]) -> bo
 def _may_be_rejected(row: Row, options: PairOptions, left_out: Counter[str]) -> bool:
     if row["verdict"] == "correct":
         return False
+    if row["verdict"] == "no_answer" and row.get("rule") == "model":  # it may be right: the judge did not say
+        left_out["responses without a verdict of the judge"] += 1
+        return False
     if KINDS[row["verdict"]] not in options.kinds:
         left_out[f"responses for {KINDS[row['verdict']]} pairs, which `kinds` leaves out"] += 1
         return False

@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> JudgeConfig:
     """Two shards with a response of every kind."""
     write_rows(tmp_path / "responses" / "00000.jsonl", [RIGHT, WRONG, OPEN])
     write_rows(tmp_path / "responses" / "00001.jsonl", [UNREADABLE, FAILED, OPEN])
-    return JudgeConfig(responses=str(tmp_path / "responses"), output=str(tmp_path / "verdicts"))
+    return JudgeConfig(responses=str(tmp_path / "responses"), output=str(tmp_path / "verdicts"), shard_size=3)
 
 
 def test_a_verdict_is_the_response_with_what_was_found_out() -> None:
@@ -76,7 +76,10 @@ def test_the_verb_keeps_the_shards_and_counts_verdicts_and_what_was_left_out(con
     assert drop_reasons(output) == {"answer unknown": 2}
     assert summary.columns == ["source", "correct", "wrong", "no answer", "share correct"]
     assert summary.rows == [["(no source)", "0", "0", "2", "0.0%"], ["count", "1", "1", "0", "50.0%"]]
-    assert summary.notes == [f"Left out: 2 answer unknown; listed in {output / 'dropped'}."]
+    assert summary.notes == [
+        f"Left out: 2 answer unknown; listed in {output / 'dropped'}.",
+        f"{output / 'audit.json'} says where rules disagree.",
+    ]
     assert summary.next_command == f"mpo pair --verdicts {config.output} --output pairs"
 
 
@@ -113,8 +116,80 @@ def test_the_folder_of_the_responses_is_not_taken_for_output(tmp_path: Path) -> 
         run(JudgeConfig(responses=str(tmp_path / "responses.jsonl"), output=str(tmp_path)))
 
 
-@pytest.mark.parametrize("change", [{"kind": "text"}, {"style": "boxed"}])
-def test_another_rule_wants_another_folder(config: JudgeConfig, change: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "then"),
+    [({"kind": "text"}, "kind: then 'auto'"), ({"style": "boxed"}, "style: then 'auto'")]
+    + [({"compat": "internvl"}, "compat: then None"), ({"shard_size": 2}, "shard_size: then 3")],
+)
+def test_another_rule_wants_another_folder(config: JudgeConfig, change: dict[str, str], then: str) -> None:
     run(config)
-    with pytest.raises(InputError, match=f"other settings \\({next(iter(change))}: then 'auto'"):
+    with pytest.raises(InputError, match=rf"other settings \({then}"):
         run(replace(config, **change))
+
+
+def test_a_question_says_how_it_wants_to_be_judged() -> None:
+    rows = [
+        response("sofa", "Final answer: settee", "couch", answers=["sofa", "settee"]),
+        response("several", "Final answer: 7", None, answers=["6", "7"]),
+        response("near", "Final answer: 102", "100", answer_kind="relaxed"),
+        response("listed", "Final answer: dog", "B", options=["cat", "dog"]),
+        response("named", "Final answer: B", "dog", options={"a": "cat", "b": "dog"}),
+        response("other", "Final answer: B", "dog", options={"A": "dog", "B": "cat"}, question="A. cat B. dog"),
+    ]
+    verdicts, unknown = judge_rows(rows)
+    assert [(row["id"], row["verdict"], row["rule"]) for row in verdicts] == [
+        ("sofa", "correct", "text"),
+        ("several", "correct", "number"),
+        ("near", "correct", "relaxed"),
+        ("listed", "correct", "choice"),
+        ("named", "correct", "choice"),
+        ("other", "wrong", "choice"),
+    ]
+    assert unknown == []
+    assert judge_rows([response("none", "3", None, answers=[])])[1] == [{"id": "none", "reason": "answer unknown"}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("answer_kind", "numbers", r"`answer_kind` is 'numbers': input should be 'auto', 'choice'"),
+        ("answers", "3", r"`answers` is '3': input should be a valid list"),
+        ("answers", [3], r"`answers\.0` is 3: input should be a valid string"),
+        ("options", "A. cat", r"`options.* is 'A\. cat': input should be a valid dict"),
+    ],
+)
+def test_a_broken_wish_is_refused_with_its_line_before_the_work(
+    config: JudgeConfig, field: str, value: object, message: str
+) -> None:
+    write_rows(Path(config.responses) / "00001.jsonl", [RIGHT, {**WRONG, field: value}])
+    with pytest.raises(InputError, match=rf"00001\.jsonl, line 2: {message}.*A response row has the fields"):
+        run(config)
+    assert not Path(config.output).exists()
+
+
+def test_the_released_scorers_can_be_asked_instead(config: JudgeConfig) -> None:
+    write_rows(
+        Path(config.responses) / "00001.jsonl",
+        [response("doc", "a\nb\nFinal answer: xyz", "42", source="docvqa"), FAILED],
+    )
+    run(replace(config, compat="internvl"))
+    verdicts = {row["id"]: (row["verdict"], row["rule"]) for row in read_stage(Path(config.output), Verdict)}
+    assert verdicts["doc"] == ("correct", "internvl:anls")
+    assert verdicts["right"] == ("no_answer", "internvl:format")  # for want of a second line break
+    assert verdicts["failed"] == ("no_answer", "failed")
+
+
+def test_the_number_of_workers_changes_no_byte(config: JudgeConfig, tmp_path: Path) -> None:
+    run(config)
+    run(replace(config, output=str(tmp_path / "two"), workers=2))
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.json*")}
+        for folder in (Path(config.output), tmp_path / "two")
+    ]
+    assert files[0] == files[1]
+    assert Path("audit.json") in files[0]
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InputError, match="`audit_rows` must be at least 0, got -1"):
+        JudgeConfig(responses="r", output="v", audit_rows=-1)

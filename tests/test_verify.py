@@ -1,5 +1,6 @@
 """What counts as the right answer: a table that grows with every wrong verdict seen, and what no text may do."""
 
+import cProfile
 import random
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from fractions import Fraction
 
 import pytest
 
+from data_builders.extract import STYLES, extract_answer
 from data_builders.records import InputError
-from data_builders.verify import KINDS, STYLES, Judgement, clean, extract_answer, judge_response, unwrap, verify_answer
-from data_builders.verify_math import is_number, looks_like_formula, read_quantity, same_formula, same_numbers
+from data_builders.verify import KINDS, Judgement, judge_response, verify_answer
+from data_builders.verify_math import _equal_to_math_verify, looks_like_formula, same_formula
+from data_builders.verify_numbers import is_number, read_quantity, same_numbers
+from data_builders.verify_text import clean, unwrap
 
 # Protection against hanging, not a measurement: the slowest answer takes about a second on one quiet core.
 HANG_SECONDS = 5.0
@@ -74,6 +78,38 @@ CHOICE = [
     ("C and A", "A, C", True),
     ("A", "A, C", False),
     ("A, B, C", "A, C", False),
+    # in a sentence, and denied
+    ("B is the correct answer", "B", True),
+    ("The answer is B because it is red", "B", True),
+    ("B, since it barks", "B", True),
+    ("B - it barks", "B", True),
+    ("Figure B", "B", True),
+    ("图B", "B", True),
+    ("选项：B", "B", True),
+    ("应选B。", "B", True),
+    ("B。因为它会叫", "B", True),
+    ("正确答案为B", "B", True),
+    ("B. The dog is not here", "B", True),
+    (r"\textbf{(B)}", "B", True),
+    ("not (B)", "B", False),
+    ("B is not right", "B", False),
+    ("option C is wrong", "C", False),
+    ("Beach", "B", False),
+    ("B each", "B", False),
+    ("A man", "A", False),
+    ("None", "A", False),
+    ("(A)(B)", "A", False),
+    # several letters, however they are joined
+    ("AC", "A, C", True),
+    ("A C", "A, C", True),
+    ("A、C", "AC", True),
+    ("A;C", "A,C", True),
+    ("A和C", "A,C", True),
+    ("(C), (A)", "A, C", True),
+    ("AB", "A", False),
+    ("A B", "B", False),
+    ("(A) and (B)", "A", False),
+    ("A/C", "A, C", False),
 ]
 CHOICE_WITH_OPTIONS = [
     ("dog", "B", True),
@@ -95,6 +131,9 @@ CHOICE_WITH_OPTIONS = [
     ("E", "B", False),
     ("dogs and cats", "B", False),
     ("hotdog", "B", False),
+    ("D. none of these", "D", True),
+    ("none", "D", False),
+    ("AB", "A", False),
 ]
 YES_NO = [
     ("yes", "Yes", True),
@@ -127,6 +166,28 @@ YES_NO = [
     ("north", "no", False),
     ("yesterday", "yes", False),
     ("eyes", "yes", False),
+    ("Y", "yes", True),
+    ("nope", "no", True),
+    ("Yes - there is", "yes", True),
+    ("Yes (it is)", "yes", True),
+    ("yes because it is red", "yes", True),
+    ("No!", "no", True),
+    ("不正确", "否", True),
+    ("没有，图中没有", "否", True),
+    ("对的", "是", True),
+    ("有", "是", True),
+    ("true story", "yes", False),
+    ("No.1", "no", False),
+    ("No. 5", "no", False),
+    ("N/A", "no", False),
+    ("right", "no", False),
+    ("对不起", "是", False),
+    ("不知道", "否", False),
+    ("是否", "否", False),
+    # both at once
+    ("yes, no", "yes", False),
+    ("no, yes", "no", False),
+    ("是，不是", "是", False),
 ]
 NUMBER = [
     ("42", "42", True),
@@ -267,6 +328,93 @@ NUMBER = [
     ("inf", "5", False),
     ("NaN", "nan", True),
     ("-inf", "inf", False),
+    # larger numbers in words
+    ("thirty-five", "35", True),
+    ("one hundred and five apples", "105", True),
+    ("one thousand two hundred", "1200", True),
+    ("two hundred thousand", "200,000", True),
+    ("one million", "1000000", True),
+    ("a dozen eggs", "12", True),
+    ("fifty percent", "50%", True),
+    ("two thirds", "2/3", True),
+    ("three quarters", "0.75", True),
+    ("one and a half", "1.5", True),
+    ("half an hour", "0.5 hours", True),
+    ("a third", "1/3", True),
+    ("third", "3", False),
+    ("third", "1/3", False),
+    ("twenty fourth", "5", False),
+    ("hundred", "100", False),
+    ("five six", "11", False),
+    ("five six", "5", False),
+    ("three and five", "8", False),
+    ("three and five", "3, 5", True),
+    ("a cat", "1", False),
+    ("one-way", "1", False),
+    ("sevens", "7", False),
+    # Chinese numbers, and words that only begin with one
+    ("三", "3", True),
+    ("三只", "3", True),
+    ("两个", "2", True),
+    ("十二", "12", True),
+    ("一百零五", "105", True),
+    ("三万五千", "35000", True),
+    ("百分之五十", "50%", True),
+    ("5万", "50000", True),
+    ("1.5亿", "150,000,000", True),
+    ("三角形", "3", False),
+    ("千克", "1000", False),
+    ("一般", "1", False),
+    ("万", "10000", False),
+    # what stands for thousands and millions
+    ("1.2k", "1200", True),
+    ("1.2M", "1200000", True),
+    ("$1.2B", "$1.2 billion", True),
+    ("-$5M", "-5000000", True),
+    ("300K", "300 K", True),
+    ("300K", "300000", True),
+    ("5M", "5", False),
+    ("50 million", "50", False),
+    # units in other spellings
+    ("5 kgs", "5 kg", True),
+    ("12 per cent", "12%", True),
+    ("USD 5", "$5", True),
+    ("Rs. 500", "₹500", True),
+    (r"5\text{ cm}^2", "5 cm²", True),
+    (r"5\ \text{cm}", "5 cm", True),
+    (r"5 \mathrm{~cm}", "5", True),
+    (r"45\degree", "45", True),
+    (r"45^{\circ}", "45°", True),
+    ("45 ℃", "45°C", True),
+    ("45°C", "45°F", False),
+    ("$5", "5%", False),
+    ("1 m", "100 cm", False),
+    ("5 ft 3 in", "5 feet 3 inches", True),
+    ("2 hours 30 minutes", "2 h 30 min", True),
+    # more than the number
+    ("Total: 5", "5", True),
+    ("length = 5 cm", "5", True),
+    ("in 2010", "2010", True),
+    ("2012年", "2012", True),
+    ("2 hours 30 minutes", "2", False),
+    ("5 ft 3 in", "5", False),
+    ("3 km 200 m", "3 km", False),
+    ("5 May 2020", "5", False),
+    ("1990s", "1990", False),
+    ("Not more than: 5", "5", False),
+    ("more than 5", "5", False),
+    ("at least 5", "5", False),
+    ("≥5", "5", False),
+    ("5±1", "5", False),
+    ("5 to 6", "5", False),
+    ("5+", "5", False),
+    ("3:4", "3/4", False),
+    ("1.2.3", "1.2", False),
+    ("1/2/3", "1/2", False),
+    ("0x10", "16", False),
+    ("1.234,5", "1234.5", False),
+    ("10", "10.000000001", False),
+    ("22/7", "3.142857", False),
 ]
 RELAXED = [
     ("100", "100", True),
@@ -297,6 +445,16 @@ RELAXED = [
     ("nan", "100", False),
     ("nan", "nan", True),
     ("inf", "100", False),
+    ("in 2010", "2010", True),
+    ("Year 2010", "2010", True),
+    ("1990s", "1990", False),
+    ("2020-2021", "2020", False),
+    ("2018", "2018, 2019", False),
+    ("1.02", "1", True),
+    ("47.4%", "50%", False),
+    ("50 million", "51 million", True),
+    ("-5", "5", False),
+    ("No", "0", False),
 ]
 MATH = [
     ("x+1", "x+1", True),
@@ -338,6 +496,16 @@ MATH = [
     ("!!", "x", False),
     (r"\frac{1}{", "1", False),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+    ("2xy", "2yx", True),
+    (r"\frac{\sqrt{3}}{2}", "√3/2", True),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+    (r"x \in (1,2)", "(1,2)", True),
+    ("x>2", "x≥2", False),
+    ("1:2", "2:1", False),
+    ("|x|", "x", False),
+    ("-x", "x", False),
+    (r"1\frac{1}{2}", r"\frac{3}{2}", True),
+    (r"( -3 , 4 )", "(3,-4)", False),
 ]
 TEXT = [
     ("dog", "Dog", True),
@@ -370,6 +538,20 @@ TEXT = [
     ("?", "!", False),
     ("...", "dog", False),
     ("12", "1 2", False),
+    ("U.S.A.", "USA", True),
+    ("3 p.m.", "3 pm", True),
+    ("12:30pm", "12:30 PM", True),
+    ("J.K. Rowling", "JK Rowling", True),
+    ("black & white", "black and white", True),
+    ("100m", "100 m", True),
+    ("7up", "7-up", True),
+    ("thirty days", "30 days", True),
+    ("《红楼梦》", "红楼梦", True),
+    ("红 色", "红色", True),
+    ("v1.2", "v12", False),
+    ("a b", "ab", False),
+    (">5", "<5", False),
+    ("5%", "5", False),
 ]
 ANLS = [
     ("Coca-Cola Company", "Coca-Cola Company", True),
@@ -389,6 +571,10 @@ ANLS = [
     ("one", "none", False),
     ("$42.00", "42", True),
     ("a", "b", False),
+    ("Jon Smith", "John Smith", True),
+    ("jane", "john", False),
+    ("12346", "12345", False),
+    ("2013", "2012", False),
 ]
 AUTO = [
     ("(B)", "B", True),
@@ -414,6 +600,13 @@ AUTO = [
     ("none", "one", False),
     ("A cat", "A", False),
     ("banana", "A", False),
+    ("left", "right", False),
+    ("yes", "right", False),
+    ("the 1990s", "1990s", True),
+    ("1990", "1990s", False),
+    ("一只狗", "一只狗。", True),
+    ("twenty-one", "21", True),
+    ("half", "50%", True),
 ]
 TABLE = [
     (kind, *case)
@@ -521,6 +714,17 @@ EXTRACT = [
     ("", "auto", None),
     (" \n ", "auto", None),
     ("...", "auto", None),
+    ("I see it.\n<answer>5</answer>", "auto", "5"),
+    ("<think>a</think>\n<answer>\nB\n</answer>", "think", "B"),
+    ("I see it.\n5</answer>", "auto", None),
+    ("综上所述，选B。", "auto", "B"),
+    ("故答案为：$3$", "auto", "3"),
+    ("### Answer: 5", "auto", "5"),
+    ("Final Answer:\n\\[\n\\boxed{5}\n\\]", "auto", "5"),
+    ("Answer: B\n\nExplanation: it is not A.", "auto", "B"),
+    ("Final answer: J. K. Rowling", "auto", "J. K. Rowling"),
+    ("I looked very carefully, but I can't answer: too dark", "auto", None),
+    ("There is no answer: the image that you gave me is blank", "auto", None),
 ]
 
 
@@ -549,6 +753,13 @@ JUDGE = [
     ("I am not sure what the image shows here.", "12", None, "no_answer", "extract"),
     ("12", "", None, "wrong", "empty_answer"),
     ("", "12", None, "no_answer", "extract"),
+    ("Yes, there is.", "A", "Is it? A. Yes B. No", "correct", "choice"),
+    ("No, it isn't.", "A", "Is it? A. Yes B. No", "wrong", "choice"),
+    ("dog", "B", "What is it? (a) cat (b) dog", "correct", "choice"),
+    ("dog", "B", "What is it? [A] cat [B] dog", "correct", "choice"),
+    ("dog", "B", 'Choices: ["A. cat", "B. dog"]', "correct", "choice"),
+    ("dog", "B", "Say A or B.\nA. cat\nB. dog\nSo is it A. or B.", "correct", "choice"),
+    ("and", "B", "What differs between panels (a) and (b)?", "wrong", "choice"),
 ]
 
 
@@ -672,6 +883,17 @@ HOSTILE = [
     "½" * 400,
     "1/" * 240,
     "a b " * 120,
+    "one hundred and " * 30,
+    "twenty " * 70,
+    "A B " * 120,
+    "(A) " * 120,
+    "no, yes, " * 50,
+    "a." * 240,
+    "1 a " * 120,
+    "三" * 490,
+    "一百零" * 150,
+    "<answer>" * 100_000,
+    "</answer>" * 100_000,
     "NaN",
     "-Infinity",
     "\x00\ud800",
@@ -751,6 +973,22 @@ def test_junk_has_an_answer_or_none_in_every_style(style: str) -> None:
         assert answer is None or answer.strip()
 
 
+def test_several_answers_are_known_and_any_counts() -> None:
+    assert judge_response("Final answer: 4", ["four apples", "5"]) == Judgement("correct", "4", "number")
+    assert judge_response("Final answer: 6", ["four apples", "5"]) == Judgement("wrong", "6", "number")
+    assert judge_response("Final answer: 6", ["", " "]).rule == "empty_answer"
+    assert judge_response("Final answer: dog", ["cat", "A"], options=["dog"]).verdict == "correct"
+
+
+def test_options_are_given_by_letter_or_in_order_and_replace_those_of_the_question() -> None:
+    asked = "What is it? A. cat B. dog"
+    assert judge_response("dog", "B", question=asked).verdict == "correct"
+    assert judge_response("dog", "B", question=asked, options=["dog", "cat"]).verdict == "wrong"
+    assert verify_answer("dog", "b", options={"(a)": "cat", "(b)": "dog"})
+    assert verify_answer("dog", "B", options=["(A) cat", "(B) dog"])
+    assert not verify_answer("dog", "B", options=["dog"])
+
+
 MATH_CASES = [("(x+1)^2", "x^2+2x+1"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x+1", "x+2"), ("9^9^9^9", "x")]
 
 
@@ -768,13 +1006,33 @@ def test_formulas_are_compared_in_worker_processes() -> None:
         assert list(pool.map(verify_math_case, MATH_CASES)) == [True, True, False, False]
 
 
+def test_hostile_answers_take_little_memory() -> None:
+    code = (
+        "import resource, sys; sys.path.insert(0, 'tests'); from test_verify import HOSTILE\n"
+        "from data_builders import judge_response, verify_answer\n"
+        "verify_answer('x+1', '1+x', kind='math')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for text in HOSTILE:\n"
+        "    for kind in ('auto', 'math'):\n"
+        "        judge_response(text, 'x^2+4', kind=kind, question=text), verify_answer('4', text, kind=kind)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 * 1024  # KiB
+
+
+def test_a_profiler_is_no_trouble() -> None:
+    profile = cProfile.Profile()
+    assert profile.runcall(verify_answer, "(x+7)^2", "x^2+14x+49", kind="math")
+
+
 def test_a_comparison_ends_after_a_number_of_steps_and_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verify_answer("(x+3)^2", "x^2+6x+9", kind="math")
     monkeypatch.setattr("data_builders.verify_math.MAX_STEPS", 100)
     assert not verify_answer("(x+5)^2", "x^2+10x+25", kind="math")
     assert sys.getprofile() is None
     monkeypatch.undo()
-    assert verify_answer("(x+5)^2", "x^2+10x+25", kind="math")
+    assert verify_answer("(x+5)^2", "25+x^2+10x", kind="math")  # in another order: verdicts on formulas are kept
 
 
 def test_a_comparison_ends_wherever_it_is_when_its_steps_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,6 +1043,7 @@ def test_a_comparison_ends_wherever_it_is_when_its_steps_are_used_up(monkeypatch
     start = time.monotonic()
     for steps in range(100_000, 100_012):
         monkeypatch.setattr("data_builders.verify_math.MAX_STEPS", steps)
+        _equal_to_math_verify.cache_clear()
         assert not verify_answer("(x+y+z+1)^{99}", "x^2+4", kind="math")
     assert unraisable == []
     assert time.monotonic() - start < 4 * HANG_SECONDS
