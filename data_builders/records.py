@@ -77,6 +77,7 @@ class Summary:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     next_command: str | None = None
+    exit_code: int = 0  # of the command line; not 0 when what was looked for is not as it should be
 
 
 def check_row(row: object, model: type[Record], where: str) -> Row:

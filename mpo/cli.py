@@ -43,6 +43,7 @@ VERBS = {
     "judge": Verb("data_builders.judge", "Compare the final answer of every response with the true one."),
     "pair": Verb("data_builders.pair", "Pair right responses with wrong ones of the same question."),
     "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
+    "convert": Verb("data_builders.convert", "Read and write the formats of others, or look for faults in data."),
     "reference": Verb("mpo.reference", "Compute the reference's log-probabilities ahead of training."),
     "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
     "loop": Verb("mpo.loop", "Sample, judge, pair and train, round after round.", runs_others=True),
@@ -95,8 +96,11 @@ def _command(context: typer.Context) -> None:
         if "--help" in context.args:
             _print_help(name)
         else:
-            _print_summary(run_verb(name, context.args))
+            summary = run_verb(name, context.args)
+            _print_summary(summary)
             _leave_ranks()
+            if summary.exit_code:
+                raise typer.Exit(summary.exit_code)
     except InputError as error:
         _console(stderr=True).print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error

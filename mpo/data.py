@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetInfo, Features, Json, List, Value, concaten
 from data_builders.records import InputError, Row
 from data_builders.shards import read_stage
 from mpo.pictures import IMAGES, ImagePaths, num_images, table_images
-from mpo.preferences import COLUMNS, RENDERED, preference, without_nulls
+from mpo.preferences import COLUMNS, RENDERED, preference, with_places, without_nulls
 from mpo.sources import TAKEN, NumberedRow, open_source
 
 _ROWS_AT_A_TIME = 2000
@@ -69,7 +69,7 @@ def sft_dataset(sources: Iterable[str | Path], image_root: str | Path) -> Datase
 
     Args:
         sources: JSONL files, or folders of JSONL shards, of rows with `images`, and `prompt` and `completion` as lists
-            of messages.
+            of messages. Pictures come first, or stand where a prompt in typed parts has places for them.
         image_root: The folder that image paths are relative to.
 
     Raises:
@@ -116,7 +116,7 @@ def _conversations(rows: Iterable[Row], images: ImagePaths) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
         where = f"SFT row {number} ({row.get('id', 'without id')})"
         for key in ("prompt", "completion"):
-            if not _is_conversation(row.get(key)):
+            if not _is_conversation(row.get(key), parts=key == "prompt"):
                 raise InputError(
                     f'{where}: `{key}` must be a list of messages such as [{{"role": "user", "content": "..."}}], got '
                     f"{row.get(key)!r:.80}."
@@ -125,20 +125,32 @@ def _conversations(rows: Iterable[Row], images: ImagePaths) -> Iterator[Row]:
         if not _is_list_of_paths(names):
             raise InputError(f'{where}: `images` must be a list of paths such as ["a.png"], got {names!r:.80}.')
         paths = [images.file(name, str(row.get("id") or where)) for name in names]
-        yield {"images": paths, "prompt": row["prompt"], "completion": row["completion"]}
+        prompt = with_places(row["prompt"], len(names), where)
+        yield {"images": paths, "prompt": prompt, "completion": row["completion"]}
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: Any, *, parts: bool) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
         and all(
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
+            and (isinstance(message.get("content"), str) or (parts and _is_parts(message.get("content"))))
             for message in value
         )
     )
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether it is text with places for pictures; text alone is a string."""
+    if not isinstance(content, list) or {"type": "image"} not in content:
+        return False
+    return all(part == {"type": "image"} or _is_text(part) for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.keys() == {"type", "text"} and isinstance(part["text"], str)
 
 
 def _is_list_of_paths(value: Any) -> bool:

@@ -113,7 +113,7 @@ def _conversational(parts: Row, num_images: int, where: str) -> Row:
             f"{where}: `prompt` must end with the message that is answered, got {parts['prompt']!r:.80}. The system's "
             "message alone asks nothing."
         )
-    return {**parts, "prompt": _with_places(parts["prompt"], num_images, where)}
+    return {**parts, "prompt": with_places(parts["prompt"], num_images, where)}
 
 
 def _extracted(parts: Row, where: str) -> Row:
@@ -209,8 +209,17 @@ def _num_places(messages: list[Row]) -> int:
     return sum(part["type"] == "image" for part in parts)
 
 
-def _with_places(prompt: list[Row], num_images: int, where: str) -> list[Row]:
-    """The prompt as TRL takes it: with all places for images, or with none and a user's string to put them before."""
+def with_places(prompt: list[Row], num_images: int, where: str) -> list[Row]:
+    """The prompt as TRL takes it: with all places for images, or with none and a user's string to put them before.
+
+    Args:
+        prompt: Messages, each content a string or a list of typed parts.
+        num_images: How many pictures the row has.
+        where: File and line, for messages.
+
+    Raises:
+        InputError: There are more or fewer places than pictures.
+    """
     num_places = _num_places(prompt)
     if num_places and num_places == num_images:
         return [_in_parts(message) for message in prompt]

@@ -1,7 +1,8 @@
 """A verb's settings: a YAML file, then `--key value` from the command line, into the dataclasses the verb declares.
 
 Keys are flat; each goes to the dataclass that has the field, so `mpo.train` spreads one file over its own settings and
-TRL's. Only keys that were given reach the dataclass, so its defaults and its `__post_init__` hold.
+TRL's. Only keys that were given reach the dataclass, so its defaults and its `__post_init__` hold. A field whose name
+would be a word of Python ends with an underscore, which users leave away: `from_` is the setting `from`.
 
 YAML is read with the scalars of YAML 1.2: `1e-6` is a number, and `no`, `on`, `007` and `2026-01-01` stay text.
 A value that its field does not take as it was read is tried as a list of one, and as the text the user wrote.
@@ -84,10 +85,10 @@ def read_values(verb: str, config_types: Sequence[type], argv: Sequence[str]) ->
     """
     given = _read_given(argv)
     hints = [_field_hints(config_type) for config_type in config_types]
-    _check_known(verb, given, {name for of_type in hints for name in of_type})
+    _check_known(verb, given, {_key(name) for of_type in hints for name in of_type})
     _check_required(verb, given, config_types)
     return tuple(
-        {name: _convert(name, hint, given[name]) for name, hint in of_type.items() if name in given}
+        {name: _convert(key, hint, given[key]) for name, hint in of_type.items() if (key := _key(name)) in given}
         for of_type in hints
     )
 
@@ -132,7 +133,8 @@ def _own_settings(config_type: type) -> Iterable[Setting]:
     hints = _field_hints(config_type)
     for field in dataclasses.fields(config_type):
         if field.name in hints and field.name in own_names:
-            yield Setting(field.name, type_name(hints[field.name]), _default(field), field.metadata.get("help", ""))
+            key, hint = _key(field.name), hints[field.name]
+            yield Setting(key, type_name(hint), _default(field), field.metadata.get("help", ""))
 
 
 def _default(field: dataclasses.Field) -> str:
@@ -144,6 +146,11 @@ def _default(field: dataclasses.Field) -> str:
 
 def _is_required(field: dataclasses.Field) -> bool:
     return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _key(field: str) -> str:
+    """What users call a field."""
+    return field.removesuffix("_")
 
 
 def _field_hints(config_type: type) -> dict[str, Any]:
@@ -163,7 +170,7 @@ def _check_known(verb: str, given: dict[str, _Given], known: set[str]) -> None:
 
 def _check_required(verb: str, given: dict[str, _Given], config_types: Sequence[type]) -> None:
     fields = [field for config_type in config_types for field in dataclasses.fields(config_type)]
-    missing = [f"`{field.name}`" for field in fields if _is_required(field) and field.name not in given]
+    missing = [f"`{_key(field.name)}`" for field in fields if _is_required(field) and _key(field.name) not in given]
     if missing:
         raise InputError(
             f"`mpo {verb}` also needs {', '.join(missing)}: write them into the file given with `--config`, or add "

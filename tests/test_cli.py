@@ -66,6 +66,12 @@ def test_a_verb_gets_its_settings_and_its_summary_is_printed_as_it_is(install: I
     assert out.endswith("Next: mpo judge --config " + "very_long_name/" * 20 + "\n")
 
 
+def test_the_exit_code_is_that_of_the_summary(install: Install, capsys: Capture) -> None:
+    install("pair", lambda settings: Summary("Found", ["what"], [["faults"]], exit_code=1))
+    assert call("pair", "--name", "Ada") == 1
+    assert "faults" in capsys.readouterr().out
+
+
 def test_a_config_file_is_relative_to_the_working_directory(
     install: Install, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

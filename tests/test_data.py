@@ -155,6 +155,18 @@ def test_conversations_are_prompt_and_completion(root: Path) -> None:
     assert dataset[0]["completion"] == [{"role": "assistant", "content": "Red."}]
 
 
+def test_pictures_of_a_conversation_stand_where_its_prompt_has_places(root: Path) -> None:
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " red?"}]
+    prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": parts}]
+    dataset = dataset_of([SFT, {**SFT, "prompt": prompt}], root, sft_dataset)
+    assert dataset[1]["prompt"][1] == {"role": "user", "content": parts}
+    assert dataset[1]["prompt"][0] == {"role": "system", "content": [{"type": "text", "text": "Be short."}]}
+    assert dataset[0]["prompt"] == SFT["prompt"]
+    message = r"SFT row 1 \(s-1\): the prompt has 1 places for images .*, and the row has 0"
+    with pytest.raises(InputError, match=message):
+        dataset_of([{**SFT, "id": "s-1", "prompt": prompt, "images": []}], root, sft_dataset)
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -51,6 +51,22 @@ def read_file(tmp_path: Path, text: str) -> PairSettings:
     return read("--config", str(path))
 
 
+@dataclass
+class FromSettings:
+    from_: Path = field(metadata={"help": "Where from."})
+    to: str = "here"
+
+
+def test_a_field_that_would_be_a_word_of_python_is_set_without_its_underscore() -> None:
+    assert read_settings("copy", (FromSettings,), ["--from", "a"]) == (FromSettings(Path("a")),)
+    (setting, _), _ = describe_settings((FromSettings,))
+    assert (setting.name, setting.default) == ("from", "required")
+    with pytest.raises(InputError, match="`mpo copy` also needs `from`"):
+        read_settings("copy", (FromSettings,), [])
+    with pytest.raises(InputError, match="unknown setting `from_`.*did you mean `from`"):
+        read_settings("copy", (FromSettings,), ["--from_", "a"])
+
+
 def test_values_take_the_type_of_their_field() -> None:
     assert read() == PairSettings(Path("q.jsonl"), Path("out"))
 
