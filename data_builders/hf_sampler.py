@@ -1,16 +1,19 @@
 """Answers with a transformers model in this process; torch is imported when a sampler is made, not before."""
 
-import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_builders.images import load_image
+from data_builders import decoding, drawing
+from data_builders.images import DECODING_ERRORS, image_path, load_image
 from data_builders.records import InputError
 from data_builders.samplers import Completion, Request, SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+logger = logging.getLogger(__name__)
 
 
 def load_processor(model: str | Path, *, trust_remote_code: bool = False) -> "ProcessorMixin":
@@ -89,12 +92,19 @@ def _check_folder(model: str | Path) -> None:
 class HFSampler:
     """Answers with a transformers model in this process.
 
+    The prompt and the pictures of a request are computed once for all its completions, where the model's cache can be
+    copied (found out by trying, and said where not). Tokens are drawn with random numbers that depend on the seed and
+    the request alone. Of the model's own generation config only its special tokens and `drawing.CONSTRAINTS` count.
+
     Args:
         model: A model folder or Hub name.
         image_root: The folder that image paths are relative to.
-        batch_size: How many sequences are generated at a time; a request's completions stay together.
+        batch_size: How many sequences are generated at a time; halved when memory runs out.
         device: Where the model runs; None takes a GPU where there is one.
         dtype: "auto" takes the model's own.
+
+    Raises:
+        InputError: There is no such model, or it is one that answers cannot be begun for.
     """
 
     def __init__(
@@ -116,8 +126,25 @@ class HFSampler:
         self.tokenizer = self.processor.tokenizer
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, trust_remote_code=trust_remote_code, dtype=dtype).to(device).eval()
+        if self.model.config.is_encoder_decoder:
+            raise InputError(
+                f"{model} has an encoder and a decoder: the beginning of an answer cannot be put behind its prompt. "
+                "Take a model that reads and writes one text, as those that chat do."
+            )
         self.image_tokens = image_tokens(self.processor, self.model)
         self.image_marks = [mark for mark in self.tokenizer.convert_ids_to_tokens(self.image_tokens) if mark]
+        self._shares: dict[tuple[bool, bool], bool] = {}  # see `_can_share`
+        self._set_generation_config()
+
+    def _set_generation_config(self) -> None:
+        shipped = self.model.generation_config
+        if constraints := drawing.constraints_of(shipped):
+            logger.warning("%s: tokens are drawn under its generation config's %s", self.name, constraints)
+        tokenizer = self.tokenizer
+        ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        self.model.generation_config = drawing.generation_config(
+            shipped, ends=ends, never=self.image_tokens, pad=tokenizer.pad_token_id
+        )
 
     def token_ends(self, text: str) -> list[int]:
         """Where each token of a text ends, in characters."""
@@ -125,45 +152,114 @@ class HFSampler:
         return [end for _, end in encoded["offset_mapping"]]
 
     def sample(self, requests: Sequence[Request], num: int, settings: SamplingSettings) -> list[list[Completion]]:
-        """`num` completions for each request; requests of similar length share a batch."""
-        order = sorted(
-            (i for i, request in enumerate(requests) if not self._image_mark(request.prefix)),
-            key=lambda i: (bool(requests[i].images), len(requests[i].prompt) + len(requests[i].prefix), i),
-        )
-        completions = [[Completion(r.prefix, "error", "the prefix contains an image token")] * num for r in requests]
-        per_batch = max(1, self.batch_size // num)
-        for with_images in (False, True):
-            group = [i for i in order if bool(requests[i].images) == with_images]
-            for start in range(0, len(group), per_batch):
-                batch = group[start : start + per_batch]
-                outputs = self._generate([requests[i] for i in batch], num, settings)
-                for position, index in enumerate(batch):
-                    completions[index] = outputs[position * num : (position + 1) * num]
-        return completions
+        """`num` completions for each request; requests of similar length share a batch.
 
-    def _generate(self, requests: list[Request], num: int, settings: SamplingSettings) -> list[Completion]:
+        A request that alone is too large for the memory is answered with errors.
+
+        Raises:
+            InputError: A prompt contains an image token, or a picture is missing or broken.
+        """
+        each = num if settings.temperature > 0 else min(num, 1)  # greedy ones are all the same
+        found: list[list[Completion]] = [[] for _ in requests]
+        for index, request in enumerate(requests):
+            if self._image_mark(request.prefix):
+                found[index] = [Completion(request.prefix, "error", "the prefix contains an image token")] * each
+        waiting = self._by_length(requests, [i for i in range(len(requests)) if len(found[i]) < each], each)
+        while waiting:
+            kind = bool(requests[waiting[0]].images)
+            batch = [i for i in waiting if bool(requests[i].images) == kind][: max(1, self.batch_size // each)]
+            done = len(found[batch[0]])  # of a request that takes several batches, which has one to itself
+            numbers = range(done, min(each, done + self.batch_size))
+            for index, group in zip(
+                batch, self._answer([requests[i] for i in batch], numbers, settings), strict=False
+            ):
+                found[index] += group
+            waiting = [i for i in waiting if len(found[i]) < each]
+        return [group * (num // max(1, each)) for group in found]
+
+    def _by_length(self, requests: Sequence[Request], chosen: list[int], each: int) -> list[int]:
+        """The shortest first, in tokens; those without pictures before those with."""
+        if self.batch_size < 2 * each:
+            return chosen
+        return sorted(chosen, key=lambda i: (bool(requests[i].images), self._num_tokens(requests[i]), i))
+
+    def _num_tokens(self, request: Request) -> int:
+        """Of the prompt with its pictures, which most processors can count by their sizes alone."""
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if request.images and count is None:
+            return self._encode([request])["input_ids"].shape[1]
+        num = len(self.tokenizer(self._text(request), add_special_tokens=False)["input_ids"]) - len(request.images)
+        sizes = [image_size(self.image_root, name) for name in request.images]
+        return num + sum(count(image_sizes=sizes)["num_image_tokens"]) if sizes else num
+
+    def _answer(self, requests: list[Request], numbers: range, settings: SamplingSettings) -> list[list[Completion]]:
+        """The completions with these numbers; none at all if memory ran out, and the next batch is smaller."""
         import torch
 
-        inputs = self._encode(requests).to(self.model.device, dtype=self.model.dtype)
-        greedy = settings.temperature == 0
-        drawing = (
-            {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        )
-        with torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(_batch_seed(settings.seed, requests))
-            output = self.model.generate(
-                **inputs,
-                do_sample=not greedy,
-                num_return_sequences=1 if greedy else num,
-                max_new_tokens=settings.max_new_tokens,
-                suppress_tokens=self.image_tokens or None,
-                **drawing,
+        try:
+            with torch.inference_mode():
+                return self._generate(requests, numbers, settings)
+        except (RuntimeError, MemoryError) as error:
+            if not decoding.is_out_of_memory(error):
+                raise
+            reason = f"{error!s:.120}"
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
+        num_sequences = len(requests) * len(numbers)
+        if num_sequences > 1:
+            self.batch_size = num_sequences // 2
+            logger.warning(
+                "memory ran out with %d sequences at a time (%s): going on with `batch_size` %d",
+                num_sequences,
+                reason,
+                self.batch_size,
             )
-        if greedy:
-            output = output.repeat_interleave(num, dim=0)
-        width = inputs["input_ids"].shape[1]
-        prefixes = [request.prefix for request in requests for _ in range(num)]
-        return [self._completion(row.tolist(), width, prefix) for row, prefix in zip(output, prefixes, strict=True)]
+            return []
+        logger.warning("the prompt %r is too large for the memory (%s)", f"{requests[0].prompt:.80}", reason)
+        return [[Completion(requests[0].prefix, "error", "memory ran out for this request alone")]]
+
+    def _generate(self, requests: list[Request], numbers: range, settings: SamplingSettings) -> list[list[Completion]]:
+        num = len(numbers)
+        inputs = self._encode(requests).to(self.model.device, dtype=self.model.dtype)
+        share = self._can_share(requests)
+        draw = self._draw(requests, numbers, settings)
+        rows = decoding.decode(self.model, inputs, num, draw, settings.max_new_tokens, share=share)
+        last, broken = inputs["input_ids"][:, -1].tolist(), draw.broken.tolist()
+        completions = [
+            self._completion(None if broken[row] else ids, last[row // num], requests[row // num].prefix)
+            for row, ids in enumerate(rows)
+        ]
+        return [completions[start : start + num] for start in range(0, len(rows), num)]
+
+    def _draw(self, requests: list[Request], numbers: range, settings: SamplingSettings) -> drawing.Draw:
+        import torch
+
+        num_rows = len(requests) * len(numbers)
+        if settings.temperature == 0:
+            return drawing.Draw(num_rows, None)
+        keys, steps = [(settings.seed, request) for request in requests], settings.max_new_tokens
+        uniforms = torch.cat([drawing.random_numbers(key, numbers.stop, steps)[numbers.start :] for key in keys])
+        device = "cpu" if self.model.device.type == "mps" else self.model.device  # MPS has no float64
+        kept = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        return drawing.Draw(num_rows, uniforms.to(device), **kept)
+
+    def _can_share(self, requests: list[Request]) -> bool:
+        """Tried once for each of: with pictures or without, one prompt or several."""
+        kind = bool(requests[0].images), len(requests) > 1
+        if kind not in self._shares:
+            inputs = self._encode(requests[:2]).to(self.model.device, dtype=self.model.dtype)
+            reason = decoding.why_not_shared(self.model, inputs)
+            self._shares[kind] = reason is None
+            if reason and list(self._shares.values()).count(False) == 1:
+                logger.warning(
+                    "%s: each completion computes its prompt anew, as the model's cache cannot be copied (%s)",
+                    self.name,
+                    reason,
+                )
+        return self._shares[kind]
+
+    def _text(self, request: Request) -> str:
+        messages = chat_messages(request.prompt, len(request.images))
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True) + request.prefix
 
     def _encode(self, requests: list[Request]) -> Any:
         for request in requests:
@@ -172,15 +268,10 @@ class HFSampler:
                     f"the prompt {request.prompt!r:.80} contains {mark}, which stands for a picture: take it out of "
                     "the question; pictures go before the text and are named in `images` alone."
                 )
-        texts = [
-            self.processor.apply_chat_template(chat_messages(r.prompt, len(r.images)), add_generation_prompt=True)
-            + r.prefix
-            for r in requests
-        ]
         images = [[load_image(self.image_root, name) for name in r.images] for r in requests]
         return self.processor(
             images=images if any(images) else None,
-            text=texts,
+            text=[self._text(request) for request in requests],
             padding=True,
             padding_side="left",
             add_special_tokens=False,
@@ -190,18 +281,17 @@ class HFSampler:
     def _image_mark(self, text: str) -> str | None:
         return next((mark for mark in self.image_marks if mark in text), None)
 
-    def _completion(self, row: list[int], width: int, prefix: str) -> Completion:
-        ids = row[width:]
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        ids = ids if stop is None else ids[:stop]
+    def _completion(self, ids: list[int] | None, last: int, prefix: str) -> Completion:
+        """What stands behind a prompt that ends with the token `last`."""
+        if ids is None:
+            return Completion(prefix, "error", "the model's scores are not numbers")
+        has_ended = bool(ids) and ids[-1] in (self.model.generation_config.eos_token_id or [])
         # some tokenizers drop the space before the first token of a text, so a prefix is decoded with its last token
-        before = row[width - 1 : width] if prefix else []
-        text = prefix + self._decode(before + ids)[len(self._decode(before)) :]
+        before = [last] if prefix else []
+        text = prefix + self._decode(before + (ids[:-1] if has_ended else ids))[len(self._decode(before)) :]
         if self._image_mark(text):
             return Completion(text, "error", "the response contains an image token")
-        return Completion(text, "length" if stop is None else "stop")
+        return Completion(text, "stop" if has_ended else "length")
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -225,7 +315,16 @@ def image_tokens(processor: "ProcessorMixin", model: "PreTrainedModel") -> list[
     return sorted(id for id in ids if isinstance(id, int))
 
 
-def _batch_seed(seed: int, requests: list[Request]) -> int:
-    """A seed that depends on what is asked and not on what was asked before, so that resuming changes nothing."""
-    digest = hashlib.sha256(repr((seed, requests)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def image_size(root: Path, name: str) -> tuple[int, int]:
+    """Height and width as the file's head says, before any turn by its EXIF data; of a broken file, nothing.
+
+    Raises:
+        InputError: As `image_path`.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(image_path(root, name)) as image:
+            return image.height, image.width
+    except (*DECODING_ERRORS, Image.DecompressionBombError):
+        return 1, 1  # it is refused with advice when it is loaded

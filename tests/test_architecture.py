@@ -39,6 +39,8 @@ FLOORS = {
     "data_builders.images": 1,
     "data_builders.text_measures": 1,
     "data_builders.samplers": 1,
+    "data_builders.drawing": 1,
+    "data_builders.decoding": 1,
     "data_builders.pairing": 2,
     "data_builders.partition": 2,
     "data_builders.hf_sampler": 2,

@@ -1,4 +1,4 @@
-"""benchmarks/step.py runs, counts tokens as it should, and says what it measured; its figures are never asserted."""
+"""The benchmarks run, count tokens as they should, and say what they measured; no figure is ever asserted."""
 
 import json
 import sys
@@ -21,6 +21,17 @@ def step() -> Any:
         patch.syspath_prepend(str(FOLDER))
         yield import_module("step")
         for name in ("step", "models"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def sampling() -> Any:
+    """Likewise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        before = sys.modules.keys() & {"step", "models"}
+        yield import_module("sampling")
+        for name in {"sampling", "step", "models"} - before:
             del sys.modules[name]
 
 
@@ -108,3 +119,29 @@ def test_peak_memory_counts_what_lives_at_the_same_time(step: ModuleType) -> Non
         del second, third
 
     assert step.peak_of(compute) == pytest.approx(12_000_000, rel=1e-3)
+
+
+def test_sampling_is_measured_with_the_lengths_that_it_says(
+    sampling: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = sys.modules["models"].Sizes(vocabulary=64, width=16, inner=32, layers=1, heads=2, tower=16, side=2)
+    given = []
+    generate = sampling.generate
+
+    def spy(sampler: Any, requests: Any, *arguments: Any) -> list[str]:
+        given.append((sampler._encode(requests)["input_ids"].shape, generate(sampler, requests, *arguments)))
+        return given[-1][1]
+
+    monkeypatch.setattr(sampling, "generate", spy)
+    results = sampling.run(sampling.workloads(16, 6, 2, sequences=32), sizes, rounds=1)
+    names = [result["workload"] for result in results["workloads"]]
+    assert names == ["N = 8", "N = 32", "N = 32, varied"]
+    assert [tuple(shape) for shape, _ in given[::2]] == [(4, 16), (1, 16), (1, 16)]
+    lengths = [{len(text.split()) for text in texts} for _, texts in given[::2]]
+    assert lengths[:2] == [{6}, {6}]
+    assert min(lengths[2]) < 6
+    assert json.loads(json.dumps(results)) == results
+    console = Console(width=150)
+    with console.capture() as captured:
+        console.print(sampling.table(results))
+    assert "4 x 16 + 6" in captured.get()

@@ -4,6 +4,7 @@ The weights are random and large, so that every token depends on the prompt and 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_builders import decoding, hf_sampler
+from data_builders.drawing import Draw
 from data_builders.hf_sampler import HFSampler, load_model, load_processor
 from data_builders.records import InputError
 from data_builders.samplers import Completion, Request, SamplingSettings
@@ -54,15 +57,15 @@ def sampler(loaded: HFSampler, monkeypatch: pytest.MonkeyPatch) -> HFSampler:
 
 
 @pytest.fixture
-def calls(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Arguments of every call of the model's `generate`, and the `output` that it gave."""
-    seen, generate = [], sampler.model.generate
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Of every batch: what the model was given, and as `output` the new tokens of each row."""
+    seen, decode = [], decoding.decode
 
-    def spy(**arguments: Any) -> torch.Tensor:
-        seen.append({**arguments, "output": generate(**arguments)})
+    def spy(model: Any, inputs: Any, *arguments: Any, **settings: Any) -> list[list[int]]:
+        seen.append({**inputs, "output": decode(model, inputs, *arguments, **settings)})
         return seen[-1]["output"]
 
-    monkeypatch.setattr(sampler.model, "generate", spy)
+    monkeypatch.setattr(decoding, "decode", spy)
     return seen
 
 
@@ -159,31 +162,37 @@ def test_sampling_leaves_the_process_wide_random_numbers_alone(sampler: HFSample
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_what_was_drawn_does_not_depend_on_other_batches(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "batch_size", 4)  # one request with its four completions
+def test_what_was_drawn_depends_neither_on_the_batch_nor_on_its_size(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     together = sampler.sample(REQUESTS, 4, DRAWN)
-    assert [sampler.sample([request], 4, DRAWN)[0] for request in REQUESTS] == together
     assert sampler.sample(REQUESTS[::-1], 4, DRAWN) == together[::-1]
+    for batch_size in (12, 4, 3, 1):
+        monkeypatch.setattr(sampler, "batch_size", batch_size)
+        assert sampler.sample(REQUESTS, 4, DRAWN) == together
+    assert [sampler.sample([request], 4, DRAWN)[0] for request in REQUESTS] == together
+
+
+def test_more_completions_begin_with_the_ones_that_fewer_would_be(sampler: HFSampler) -> None:
+    assert [group[:2] for group in sampler.sample(REQUESTS, 5, DRAWN)] == sampler.sample(REQUESTS, 2, DRAWN)
 
 
 def test_different_questions_are_not_answered_with_the_same_random_numbers(
     sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "batch_size", 4)
     monkeypatch.setattr(sampler.model.lm_head, "forward", lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 300))
-    first, second = texts(sampler.sample([Request("One?"), Request("Two?")], 4, DRAWN))
-    assert first != second
+    requests = [
+        Request("One?"),
+        Request("Two?"),
+        Request("One?", (), "It"),
+        Request("One?", IMAGES[:1]),
+        Request("One?", IMAGES[1:2]),
+    ]
+    drawn = sampler.sample(requests, 4, DRAWN)
+    assert len({completion.text.removeprefix("It") for group in drawn for completion in group}) == 20
 
 
-def test_requests_in_one_batch_are_drawn_together(sampler: HFSampler) -> None:
-    """One seed per batch: the same chunk of requests gives the same completions, a request in other company others."""
-    both = [REQUESTS[1], REQUESTS[4]]
-    together = sampler.sample(both, 4, DRAWN)
-    assert sampler.sample(both, 4, DRAWN) == together
-    assert sampler.sample(both[:1], 4, DRAWN)[0] != together[0]
-
-
-def test_a_batch_holds_whole_requests_and_at_most_batch_size_completions(
+def test_a_batch_holds_at_most_batch_size_completions_and_whole_requests_where_they_fit(
     sampler: HFSampler, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler, "batch_size", 7)
@@ -191,7 +200,33 @@ def test_a_batch_holds_whole_requests_and_at_most_batch_size_completions(
     assert [len(call["output"]) for call in calls] == [6, 6, 3]
     monkeypatch.setattr(sampler, "batch_size", 2)
     sampler.sample([Request("One?"), Request("Two?")], 3, DRAWN)
-    assert [len(call["output"]) for call in calls[3:]] == [3, 3]
+    assert [len(call["output"]) for call in calls[3:]] == [2, 1, 2, 1]
+    monkeypatch.setattr(sampler, "batch_size", 4)
+    sampler.sample([Request(f"Number {number}?") for number in range(5)], 3, GREEDY)  # they are computed once
+    assert [len(call["output"]) for call in calls[7:]] == [4, 1]
+
+
+def test_requests_of_similar_length_with_their_pictures_share_a_batch(
+    sampler: HFSampler, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "batch_size", 2)
+    words = "many " * 12
+    requests = [
+        Request("Short?", IMAGES[:3]),
+        Request(words),
+        Request("Short?", IMAGES[:1]),
+        Request("Short?"),
+        Request("Short, with a beginning", (), words),
+        Request("Short?", IMAGES[1:4]),
+        Request("Shorter?"),
+        Request("Shorter?", IMAGES[4:5]),
+    ]
+    sampler.sample(requests, 1, GREEDY)
+    lengths = [call["attention_mask"].sum(dim=1).tolist() for call in calls]
+    alone = [sampler._encode([request])["input_ids"].shape[1] for request in requests]
+    text, pictures = (sorted(alone[i] for i in chosen) for chosen in ((1, 3, 4, 6), (0, 2, 5, 7)))
+    assert lengths == [text[:2], text[2:], pictures[:2], pictures[2:]]
+    assert pictures[1] < text[2] < pictures[2]  # neither words nor pictures alone decide
 
 
 def test_nothing_asked_is_nothing_answered(sampler: HFSampler) -> None:
@@ -200,7 +235,7 @@ def test_nothing_asked_is_nothing_answered(sampler: HFSampler) -> None:
 
 def test_several_greedy_completions_are_one_repeated(sampler: HFSampler, calls: list[dict[str, Any]]) -> None:
     completions = sampler.sample(REQUESTS[:2], 3, GREEDY)
-    assert [len(call["output"]) for call in calls] == [1, 1]
+    assert [len(call["output"]) for call in calls] == [1, 1]  # with pictures, and without
     assert completions == [[group[0]] * 3 for group in sampler.sample(REQUESTS[:2], 1, GREEDY)]
 
 
@@ -221,18 +256,21 @@ def test_no_image_token_is_generated_even_if_the_model_wants_nothing_else(
     with torch.no_grad():
         assert int(sampler.model(**inputs).logits[0, -1].argmax()) == image_token
     completions = sampler.sample(REQUESTS, 2, settings)
-    for call in calls:
-        assert image_token not in call["output"][:, call["input_ids"].shape[1] :]
+    assert all(image_token not in row for call in calls for row in call["output"])
     assert [completion.error for group in completions for completion in group] == [None] * 2 * len(REQUESTS)
 
 
+LONG = replace(GREEDY, max_new_tokens=32)
+
+
 def play_back(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
-    """Makes the model answer with these tokens, whatever it is asked."""
+    """Makes the model answer with these tokens, and end then, whatever it is asked."""
+    tokens = [*tokens, sampler.tokenizer.eos_token_id]
 
-    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, torch.tensor(tokens).expand(len(input_ids), -1)], dim=1)
+    def choose(_: Draw, __: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        return torch.full_like(rows, tokens[step])
 
-    monkeypatch.setattr(sampler.model, "generate", generate)
+    monkeypatch.setattr(Draw, "__call__", choose)
 
 
 def test_a_response_that_spells_the_image_token_is_an_error_and_not_a_crash_later(
@@ -240,7 +278,7 @@ def test_a_response_that_spells_the_image_token_is_an_error_and_not_a_crash_late
 ) -> None:
     spelled = [id for part in ("see <ima", "ge> here") for id in sampler.tokenizer(part)["input_ids"]]
     play_back(sampler, monkeypatch, spelled)
-    ((completion,),) = sampler.sample([Request("What?")], 1, GREEDY)
+    ((completion,),) = sampler.sample([Request("What?")], 1, LONG)
     assert completion == Completion("see <image> here", "error", "the response contains an image token")
 
 
@@ -267,9 +305,8 @@ def test_a_prefix_is_what_the_model_goes_on_from(sampler: HFSampler, calls: list
     assert all(completion.text.startswith(prefix) and len(completion.text) > len(prefix) for completion in group)
     asked = sampler.tokenizer.decode(calls[0]["input_ids"][0])
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n" + prefix)
-    new = calls[0]["output"][:, calls[0]["input_ids"].shape[1] :]
     assert [completion.text for completion in group] == [
-        prefix + sampler.tokenizer.decode(row, skip_special_tokens=True) for row in new
+        prefix + sampler.tokenizer.decode(row, skip_special_tokens=True) for row in calls[0]["output"]
     ]
 
 
@@ -285,7 +322,7 @@ def test_the_seam_behind_a_prefix_is_as_the_model_wrote_it(
 ) -> None:
     for continuation in (" three", "three", ", three", "\nthree", "ee"):
         play_back(sampler, monkeypatch, sampler.tokenizer(continuation)["input_ids"])
-        ((completion,),) = sampler.sample([Request("Count.", (), "one two")], 1, GREEDY)
+        ((completion,),) = sampler.sample([Request("Count.", (), "one two")], 1, LONG)
         assert completion.text == "one two" + continuation
 
 
@@ -297,7 +334,7 @@ def test_words_are_not_glued_where_the_tokenizer_drops_the_space_before_a_first_
     ids = sampler.tokenizer.convert_tokens_to_ids(["▁three", "▁four"])
     assert sampler.tokenizer.decode(ids) == "three four"
     play_back(sampler, monkeypatch, ids)
-    completions = sampler.sample([Request("Count.", (), "one two"), Request("Count.")], 1, GREEDY)
+    completions = sampler.sample([Request("Count.", (), "one two"), Request("Count.")], 1, LONG)
     assert texts(completions) == [["one two three four"], ["three four"]]
 
 
@@ -344,15 +381,139 @@ def test_a_completion_that_reaches_the_limit_is_cut_off(
     favour(sampler.tokenizer.eos_token_id, -1e4)
     completions = sampler.sample(REQUESTS, 2, replace(DRAWN, max_new_tokens=3))
     assert {completion.finish_reason for group in completions for completion in group} == {"length"}
-    assert {call["output"].shape[1] - call["input_ids"].shape[1] for call in calls} == {3}
+    assert {len(row) for call in calls for row in call["output"]} == {3}
 
 
-@pytest.mark.parametrize("padding", ["<|endoftext|>", "!"])
-def test_a_short_completion_beside_a_long_one_loses_its_padding(
-    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch, padding: str
+def test_a_short_completion_beside_a_long_one_holds_nothing_after_its_end(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play_back(sampler, monkeypatch, sampler.tokenizer("So 5<|im_end|>" + 2 * padding)["input_ids"])
-    assert sampler.sample([Request("?")], 1, GREEDY) == [[Completion("So 5", "stop")]]
+    short, long = (sampler.tokenizer(text)["input_ids"] for text in ("So 5<|im_end|>!!!!!!!!!!!!", "It is 7, or so!"))
+
+    def choose(_: Draw, __: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        return torch.tensor([(short, long)[row == 1][step] for row in rows.tolist()])
+
+    monkeypatch.setattr(Draw, "__call__", choose)
+    settings = replace(DRAWN, max_new_tokens=len(long))
+    assert sampler.sample([Request("?")], 4, settings) == [
+        [Completion("So 5", "stop"), Completion("It is 7, or so!", "length"), *[Completion("So 5", "stop")] * 2]
+    ]
+
+
+def test_an_end_of_the_tokenizer_alone_ends_a_completion(task: Path, copy: Path) -> None:
+    path = copy / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "eos_token_id": 5}), encoding="utf-8")
+    sampler = HFSampler(str(copy), image_root=task, device="cpu")
+    assert sampler.model.generation_config.eos_token_id == sorted([5, sampler.tokenizer.eos_token_id])
+    with pytest.MonkeyPatch.context() as patch:
+        play_back(sampler, patch, sampler.tokenizer("So 5")["input_ids"])
+        assert sampler.sample([Request("?")], 2, LONG) == [[Completion("So 5", "stop")] * 2]
+
+
+def test_a_models_own_sampling_settings_change_nothing_and_its_constraints_are_said(
+    task: Path, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = HFSampler(str(copy), image_root=task, device="cpu")
+    path = copy / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    own = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.001, "min_p": 0.9, "max_length": 8}
+    path.write_text(json.dumps({**settings, **own}), encoding="utf-8")
+    shipped = HFSampler(str(copy), image_root=task, device="cpu")
+    enlarge_weights(plain.model)
+    enlarge_weights(shipped.model)
+    assert shipped.sample(REQUESTS[:2], 4, DRAWN) == plain.sample(REQUESTS[:2], 4, DRAWN)
+    path.write_text(json.dumps({**settings, "repetition_penalty": 1.05}), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="data_builders"):
+        HFSampler(str(copy), image_root=task, device="cpu")
+    assert [record.message for record in caplog.records if record.name.startswith("data_builders")] == [
+        f"{copy}: tokens are drawn under its generation config's {{'repetition_penalty': 1.05}}"
+    ]
+
+
+def memory_for(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Lets memory run out above so many sequences at a time; notes all tries."""
+    tries, decode = [], decoding.decode
+
+    def spy(model: Any, inputs: Any, num: int, *arguments: Any, **settings: Any) -> list[list[int]]:
+        tries.append(len(inputs["input_ids"]) * num)
+        if tries[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return decode(model, inputs, num, *arguments, **settings)
+
+    monkeypatch.setattr(decoding, "decode", spy)
+    return tries
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = sampler.sample(REQUESTS, 4, DRAWN)
+    tries = memory_for(monkeypatch, 3)
+    with caplog.at_level(logging.WARNING):
+        assert sampler.sample(REQUESTS, 4, DRAWN) == expected
+    assert tries == [8, 4, *[2] * 12]
+    messages = [record.message for record in caplog.records]
+    assert [message.split("(")[0] for message in messages] == [
+        "memory ran out with 8 sequences at a time ",
+        "memory ran out with 4 sequences at a time ",
+    ]
+    assert messages[1].endswith("going on with `batch_size` 2")
+
+
+def test_a_request_that_does_not_fit_into_memory_alone_is_an_error_and_the_others_are_answered(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = decoding.decode
+
+    def spy(model: Any, inputs: Any, *arguments: Any, **settings: Any) -> list[list[int]]:
+        if inputs["input_ids"].shape[1] > 100:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        return decode(model, inputs, *arguments, **settings)
+
+    expected = sampler.sample(REQUESTS[1:2], 2, DRAWN)
+    monkeypatch.setattr(decoding, "decode", spy)
+    huge, fine = sampler.sample([Request("Huge? " * 100), REQUESTS[1]], 2, DRAWN)
+    assert huge == [Completion("", "error", "memory ran out for this request alone")] * 2
+    assert [fine] == expected
+
+
+def test_another_failure_of_the_model_is_raised_as_it_is(sampler: HFSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(decoding, "decode", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        sampler.sample(REQUESTS[:1], 1, GREEDY)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN])
+def test_scores_that_are_not_numbers_are_errors_of_that_request(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch, settings: SamplingSettings
+) -> None:
+    requests = [REQUESTS[1], replace(REQUESTS[4], prefix="It is")]
+    expected = sampler.sample(requests, 2, settings)
+    processors = decoding._Loop._processors
+
+    def break_second(loop: Any) -> Callable[..., torch.Tensor]:
+        apply = processors(loop)
+
+        def change(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            asked = [row in sampler.tokenizer.decode(ids_of) for row in ("It is",) for ids_of in ids]
+            return apply(ids, logits).masked_fill(torch.tensor(asked)[:, None], torch.nan)
+
+        return change
+
+    monkeypatch.setattr(decoding._Loop, "_processors", break_second)
+    first, second = sampler.sample(requests, 2, settings)
+    assert first == expected[0]
+    assert second == [Completion("It is", "error", "the model's scores are not numbers")] * 2
+
+
+def test_a_model_with_an_encoder_is_refused(loaded: HFSampler, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded.model.config, "is_encoder_decoder", True)
+    monkeypatch.setattr(hf_sampler, "load_model", lambda *_, **__: loaded.model)
+    with pytest.raises(InputError, match="has an encoder and a decoder.*Take a model that reads and writes one text"):
+        HFSampler(str(task / "model"), image_root=task, device="cpu")
 
 
 @pytest.mark.parametrize(
