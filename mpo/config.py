@@ -1,14 +1,19 @@
-"""MPOConfig: `trl.DPOConfig` with the settings of Mixed Preference Optimization.
+"""MPOConfig: `trl.DPOConfig` with the settings of Mixed Preference Optimization; and what it shares with `mpo sft`.
 
 Defaults are those of the paper (https://arxiv.org/abs/2411.10442) and of the InternVL2.5-MPO releases; everything else
 is `trl.DPOConfig`'s.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
+from trl import SFTConfig as TRLSFTConfig
+
+_MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # by which DeepSpeed finds its way under mpirun
 
 TERMS = ("sigmoid", "bco_pair", "sft")  # TRL's names of preference, quality and generation loss
 _CHOICES = {
@@ -19,7 +24,47 @@ _CHOICES = {
 
 
 @dataclass
-class MPOConfig(DPOConfig):
+class TrainerConfig:
+    """For a config of TRL: learning rates by part, and the same start under every launcher, with or without a GPU."""
+
+    part_learning_rates: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rates of single parts, `{vision: 2e-6}`; `learning_rate` is that of the others. "
+            "Parts are vision, projector, llm; all rates follow one schedule."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Prepares what the ranks talk through, which has to be there before the config is built."""
+        if self.deepspeed and not {"RANK", *_MPI_RANKS} & os.environ.keys():
+            raise ValueError(
+                "`deepspeed` is set, but nothing started this process as a rank: put a launcher in front, on one GPU "
+                "too: `torchrun --nproc_per_node 1 -m mpo ...`, with the rest of the command as it is."
+            )
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of it in every run, whoever imports it
+            if self.deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                self.use_cpu = True  # or each rank would train alone, on all of the data
+            if self.deepspeed:
+                _start_deepspeed_on_cpu()
+        super().__post_init__()
+
+
+def _start_deepspeed_on_cpu() -> None:
+    """Lets DeepSpeed know of the ranks, which accelerate does on a GPU only: ZeRO-3 loads a model by their number."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+@dataclass
+class SFTConfig(TrainerConfig, TRLSFTConfig):
+    """Settings of `mpo sft`: takes every field of `trl.SFTConfig`."""
+
+
+@dataclass
+class MPOConfig(TrainerConfig, DPOConfig):
     """Settings of `MPOTrainer`; takes every field of `trl.DPOConfig`."""
 
     learning_rate: float = field(

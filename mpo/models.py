@@ -27,6 +27,11 @@ _PROJECTOR = re.compile(
 )
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 
+# Layers of a tower, and in them what is added to a picture's hidden states. Qwen-VL's blocks are not among them: its
+# tower takes all pictures as one long sequence.
+_VISION_LAYER = re.compile(r"(^|\.)(vision_tower|vision_model)\.(.+\.)?layers?\.\d+$")
+_BRANCHES = ({"attention", "mlp"}, {"self_attn", "mlp"})
+
 
 def part_of(parameter: str) -> str:
     """The part of a vision-language model that a parameter belongs to, by its name.
@@ -39,6 +44,21 @@ def part_of(parameter: str) -> str:
     if _PROJECTOR.search(parameter):
         return "projector"
     return "vision" if _VISION.search(parameter) else "llm"
+
+
+def check_parts(setting: str, names: Iterable[str]) -> None:
+    """Looks whether parts exist.
+
+    Raises:
+        InputError: One does not; names the setting.
+    """
+    if unknown := sorted(set(names) - set(PARTS)):
+        raise InputError(f"`{setting}` names {unknown}: the parts of a model are {', '.join(PARTS)}.")
+
+
+def size_of_parameter(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds over all ranks; ZeRO-3 leaves a rank an empty one."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def train_parts(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
@@ -55,18 +75,75 @@ def train_parts(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
         InputError: A part does not exist, or none is left to train.
     """
     wanted = set(parts)
-    if unknown := sorted(wanted - set(PARTS)):
-        raise InputError(f"`train` names {unknown}: the parts of a model are {', '.join(PARTS)}.")
+    check_parts("train", wanted)
     trained: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in wanted)
-        trained[part] += parameter.numel() * (part in wanted)
+        trained[part] += size_of_parameter(parameter) * (part in wanted)
     if missing := sorted(part for part in wanted if not trained[part]):
         raise InputError(f"{type(model).__name__} has no parameters in {missing}: leave them out of `train`.")
     if not wanted:
         raise InputError(f"`train` is empty: name at least one of {', '.join(PARTS)}.")
     return dict(trained)
+
+
+def lora_targets(model: PreTrainedModel, parts: Iterable[str], *, saved: Iterable[str] = ()) -> str:
+    """All linear layers of some parts, as the regular expression that PEFT takes as `target_modules`.
+
+    The output layer is left out, as PEFT's "all-linear" does.
+
+    Args:
+        model: What the adapters are put into.
+        parts: Any of `PARTS`.
+        saved: PEFT's `modules_to_save`: these are trained whole, so what is in them gets no adapter.
+
+    Raises:
+        InputError: A part does not exist, or has no linear layer for an adapter.
+    """
+    check_parts("lora_parts", parts)
+    is_saved = re.compile(rf"(^|\.)({'|'.join(map(re.escape, saved)) or '(?!)'})(\.|$)")
+    leaves: dict[str, dict[str, dict[str, None]]] = {part: {} for part in parts}  # by part and by what holds them
+    for name, module in model.named_modules():
+        part = part_of(f"{name}.weight")
+        is_output = module is model.get_output_embeddings()
+        if part in leaves and _takes_lora(module) and not is_output and not is_saved.search(name):
+            parent, _, leaf = name.rpartition(".")
+            parent = re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(f"{parent}."))  # any layer
+            leaves[part].setdefault(parent, {})[leaf] = None
+    if empty := [part for part, found in leaves.items() if not found]:
+        raise InputError(
+            f"`lora_parts` names {empty}, but {type(model).__name__} has no linear layer there for an adapter: leave "
+            "them out. `lora_modules_to_save` trains modules whole, of whatever kind; what is in them gets no adapter."
+        )
+    return "|".join(f"{parent}({'|'.join(names)})" for found in leaves.values() for parent, names in found.items())
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    """Whether it is a linear layer that is called: the one in torch's multi-head attention only lends its weight."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def residual_branches(model: nn.Module) -> list[list[nn.Module]]:
+    """What each layer of the vision tower adds to its input, first layer first.
+
+    Returns:
+        For each layer its attention and its MLP, which take (pictures, tokens, hidden); no layer where the tower has
+        no such shape.
+    """
+    layers = [module for name, module in model.named_modules() if _VISION_LAYER.search(name)]
+    children = [dict(layer.named_children()) for layer in layers]
+    return [
+        [child for name, child in named.items() if name in branches]
+        for named in children
+        for branches in _BRANCHES
+        if branches <= named.keys()
+    ]
+
+
+def is_adapter(name: str | None) -> bool:
+    """Whether it is a folder of a PEFT adapter."""
+    return name is not None and (Path(name) / "adapter_config.json").is_file()
 
 
 def load_for_training(name: str, **settings: Any) -> nn.Module:
@@ -79,12 +156,21 @@ def load_for_training(name: str, **settings: Any) -> nn.Module:
     Raises:
         InputError: It cannot be loaded.
     """
-    if not (Path(name) / "adapter_config.json").is_file():
-        return load_model(name, **settings)
+    if not is_adapter(name):
+        return _name_what_stays_whole(load_model(name, **settings))
     from peft import PeftConfig, PeftModel
 
     base = load_model(PeftConfig.from_pretrained(name).base_model_name_or_path, **settings)
-    return PeftModel.from_pretrained(base, name, is_trainable=True)
+    return PeftModel.from_pretrained(_name_what_stays_whole(base), name, is_trainable=True)
+
+
+def _name_what_stays_whole(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes names of layers that a model has not out of those that it does not split: FSDP looks for each.
+
+    LLaVA, LLaVA-OneVision and Gemma3 name parts of their tower's text half, which they leave out.
+    """
+    model._no_split_modules = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    return model
 
 
 def name_of(model: Any) -> str:

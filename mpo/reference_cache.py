@@ -27,6 +27,7 @@ from trl.trainer.utils import use_adapter
 
 from data_builders.records import InputError, Row
 from data_builders.shards import SETTINGS_FILE, claim_folder, read_rows, write_rows
+from mpo.drop_path import without_chance
 from mpo.groups import question_keys
 from mpo.models import base_of
 from mpo.scores import REF_COLUMNS, num_counted, score_tokens, sequence_logps
@@ -53,13 +54,15 @@ class CachesItsReference:
         Returns:
             Summed log-probabilities of the chosen and of the rejected responses in float32, (B,) each.
         """
-        adapter = nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        adapter, chance = nullcontext(), nullcontext()
+        if self.ref_model is None:
+            chance = without_chance(self.model)
+            if is_peft_model(self.model):
+                unwrapped = self.accelerator.unwrap_model(self.model)
+                adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         base = base_of(self.accelerator.unwrap_model(model))
-        with checkpointing, adapter, self.accelerator.autocast():
+        with checkpointing, adapter, chance, self.accelerator.autocast():
             token_logps = score_tokens(model, base, inputs).logps
         return sequence_logps(token_logps, inputs["completion_mask"][:, 1:], self.ld_alpha).chunk(2)
 

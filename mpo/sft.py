@@ -1,19 +1,22 @@
 """`mpo sft`: supervised fine-tuning of a vision-language model on conversations with TRL's SFTTrainer.
 
-Settings are those of this file, of `trl.ModelConfig` (model, LoRA) and of `trl.SFTConfig`, flat in one YAML file.
+Settings are those of `mpo.training`, of `trl.ModelConfig` (model, LoRA) and of `mpo.config.SFTConfig`, which has all
+fields of TRL's; flat in one YAML file.
 """
 
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTTrainer
 
 from data_builders.records import Summary
+from mpo.config import SFTConfig
 from mpo.data import sft_dataset
 from mpo.models import LoadsItsCheckpoints
+from mpo.optimizers import LearnsByPart
 from mpo.training import StageConfig, claim_output, prepare, train_and_save
 
 CONFIGS = (StageConfig, ModelConfig, SFTConfig)
 
 
-class _Trainer(LoadsItsCheckpoints, SFTTrainer):
+class _Trainer(LoadsItsCheckpoints, LearnsByPart, SFTTrainer):
     pass
 
 

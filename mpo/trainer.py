@@ -37,6 +37,7 @@ from mpo.lengths import Lengths, measure_rows, measure_tokenized
 from mpo.liger import apply_liger_kernels
 from mpo.losses import MPOLoss, generation_loss, mpo_loss
 from mpo.models import LoadsItsCheckpoints, base_of, name_of, processor_of
+from mpo.optimizers import LearnsByPart
 from mpo.overlong import fit_to_length
 from mpo.reference_cache import CachesItsReference
 from mpo.reward_shift import RewardShift
@@ -60,7 +61,7 @@ REWARD_SHIFT_FILE = "reward_shift.json"
 logger = logging.getLogger(__name__)
 
 
-class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTrainer):
+class MPOTrainer(LoadsItsCheckpoints, LearnsByPart, CachesItsReference, SharesPrefixes, DPOTrainer):
     """Trains with Mixed Preference Optimization; takes exactly what `trl.DPOTrainer` takes.
 
     Besides TRL's metrics it logs `loss/preference`, `loss/quality`, `loss/generation` and `reward_shift`.
@@ -302,18 +303,24 @@ class MPOTrainer(LoadsItsCheckpoints, CachesItsReference, SharesPrefixes, DPOTra
         """Transformers' seam for what has to be known of a whole optimizer step: its pairs and chosen tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            batches[-1][NUM_PAIRS] = self._counted_of_last(batches[-1])
+            batches[-1][NUM_PAIRS] = self._counted_of_last(batches[-1], self.train_dataset)
         sizes = [size_of(batch) for batch in batches] or [torch.zeros(2, dtype=torch.long)]
         self._step_size = self.accelerator.reduce(torch.stack(sizes).sum(dim=0).to(device), reduction="sum")
         self._step_batches, self._step_rewards = batches, []  # a step that ran out of memory may have left some
         self._step_learning_rate = self._get_learning_rate()
         return batches, num_items
 
-    def _counted_of_last(self, batch: dict[str, Any]) -> int:
-        """Pairs that count of the batch taken last: an epoch's last ones repeat pairs to even out the ranks."""
+    def _counted_of_last(self, batch: dict[str, Any], dataset: Any = None) -> int:
+        """Pairs that count of the batch taken last: an epoch's last ones repeat pairs to even out the ranks.
+
+        Accelerate loses count of an epoch's rows where a resumed run skips its first ones; the data set has them.
+        """
         size, state = num_counted(batch), self.accelerator.gradient_state
-        evened = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
-        return min(size, max(0, state.remainder - size * self.accelerator.process_index)) if evened else size
+        ranks, remainder = self.accelerator.num_processes, state.remainder
+        if remainder < 0 and isinstance(dataset, Dataset):
+            remainder = len(dataset) % (self._train_batch_size * ranks)
+        evened = ranks > 1 and state.end_of_dataloader and remainder > 0
+        return min(size, max(0, remainder - size * self.accelerator.process_index)) if evened else size
 
     def _shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
         """What this micro-batch's means weigh in the step, by pairs and by chosen tokens; 1 where all are of one size.

@@ -4,26 +4,29 @@ The loop itself is transformers'.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from data_builders.hf_sampler import load_processor
 from data_builders.records import InputError, Row
 from data_builders.shards import claim_folder
-from mpo.models import PARTS, load_for_training, train_parts
+from mpo.drop_path import set_drop_path
+from mpo.models import PARTS, is_adapter, load_for_training, lora_targets, part_of, train_parts
+from mpo.optimizers import check_rates
 from mpo.sources import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import LoraConfig
 
 _SHOWN = {"loss": "loss", "rewards/margins": "margin", "mean_token_accuracy": "accuracy"}
 
@@ -44,7 +47,21 @@ class StageConfig:
     image_root: str = field(default=".", metadata={"help": "Folder that image paths are relative to."})
     train: list[str] = field(
         default_factory=lambda: list(PARTS),
-        metadata={"help": "Parts that are trained: vision, projector, llm. LoRA chooses its own."},
+        metadata={"help": "Parts that are trained: vision, projector, llm. With LoRA `lora_parts` says it."},
+    )
+    lora_parts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA: parts whose linear layers get adapters. None: llm, or what `lora_target_modules` names. "
+            "`lora_modules_to_save: [multi_modal_projector]` trains modules whole beside them."
+        },
+    )
+    drop_path: float = field(
+        default=0.0,
+        metadata={
+            "help": "How often the vision tower's last layer is left out in training, earlier ones less (InternVL: "
+            "0.1, from 26B on 0.4). Not for Qwen-VL."
+        },
     )
 
 
@@ -65,16 +82,16 @@ def prepare(
     Raises:
         InputError: Model, data or images are not what they should be.
     """
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of it in every run, whoever imports it
     if not args.output_dir or args.output_dir == "trainer_output":  # transformers' silent default
         raise InputError("`output_dir` is missing: name the folder for checkpoints and the trained model.")
     name = model_config.model_name_or_path
     if name is None:
         raise InputError("`model_name_or_path` is missing: the model to start from.")
+    check_adapters(config, model_config)
     processor = load_processor(name, trust_remote_code=args.trust_remote_code)
     dataset = read(config.data, config.image_root)
     eval_dataset = read(config.eval_data, config.image_root) if config.eval_data else None
+    set_seed(args.seed)  # adapters and what a model lacks are drawn before the trainer sets it
     model = load_for_training(
         name,
         trust_remote_code=args.trust_remote_code,
@@ -83,15 +100,75 @@ def prepare(
         revision=model_config.model_revision,
         quantization_config=get_quantization_config(model_config),
     )
-    if isinstance(model, PreTrainedModel) and not model_config.use_peft:
-        train_parts(model, config.train)
     return {
         "model": model,
         "processing_class": processor,
         "train_dataset": dataset,
         "eval_dataset": eval_dataset,
-        "peft_config": get_peft_config(model_config),
+        "peft_config": choose_parts(model, config, model_config, args.part_learning_rates or {}),
     }
+
+
+def check_adapters(config: StageConfig, model_config: ModelConfig) -> None:
+    """Looks whether the settings of LoRA and quantization go together, and with this machine.
+
+    Raises:
+        InputError: They do not.
+    """
+    if config.lora_parts is not None:
+        if not model_config.use_peft:
+            raise InputError("`lora_parts` says where adapters go, and there are none: add `use_peft: true`.")
+        if model_config.lora_target_modules:
+            raise InputError("both `lora_parts` and `lora_target_modules` say where adapters go: remove one of them.")
+    if model_config.use_peft and set(config.train) != set(PARTS):
+        raise InputError(
+            "`train` chooses what is trained whole, and with `use_peft` nothing is: name the parts that get adapters "
+            "in `lora_parts`, and modules that are trained whole beside them in `lora_modules_to_save`."
+        )
+    quantized = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(model_config, name)), None)
+    if quantized is None:
+        return
+    if not (model_config.use_peft or is_adapter(model_config.model_name_or_path)):
+        raise InputError(f"`{quantized}` stores weights that cannot be trained: add `use_peft: true` (QLoRA).")
+    if not torch.accelerator.is_available():
+        raise InputError(f"`{quantized}` needs a GPU, and this machine has none: remove it.")
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"`{quantized}` needs bitsandbytes, which is not installed: `pip install bitsandbytes`.")
+
+
+def choose_parts(
+    model: Any, config: StageConfig, model_config: ModelConfig, rates: dict[str, float]
+) -> "LoraConfig | None":
+    """Freezes what is not trained, or says where adapters go; sets drop path.
+
+    Args:
+        model: Changed in place.
+        config: The parts.
+        model_config: TRL's settings of LoRA.
+        rates: Learning rates of single parts.
+
+    Returns:
+        Settings of the adapters, which the trainer puts in; None without.
+
+    Raises:
+        InputError: A part does not exist, is not in the model or not trained, or its tower has no drop path.
+    """
+    lora, trained = get_peft_config(model_config), None
+    if lora is None and isinstance(model, PreTrainedModel):
+        train_parts(model, config.train)
+        trained = set(config.train)
+    elif lora is not None and not model_config.lora_target_modules:
+        parts, saved = config.lora_parts or ["llm"], model_config.lora_modules_to_save or []
+        lora.target_modules = lora_targets(model, parts, saved=saved)
+        ends = tuple(f".{name}" for name in saved)
+        trained = {*parts, *(part_of(f"{name}.") for name, _ in model.named_modules() if f".{name}".endswith(ends))}
+    if trained is not None:  # else the optimizer finds out, later
+        check_rates(rates, trained)
+    if config.drop_path:
+        if trained is not None and "vision" not in trained:
+            raise InputError("`drop_path` is for training the vision tower, which is frozen here: remove it.")
+        set_drop_path(model, config.drop_path)
+    return lora
 
 
 class LossBar(ProgressCallback):
@@ -123,6 +200,7 @@ def claim_output(config: StageConfig, model_config: ModelConfig, args: Any) -> N
     """
     machine = {"device", "logging_dir", "disable_tqdm", "report_to", "local_rank", "resume_from_checkpoint"}
     chosen = {name: value for name, value in args.to_dict().items() if name not in machine}
+    chosen["ranks"] = args.world_size  # they make the batch, and a sharded checkpoint fits no other number
     if args.process_index == 0:
         sources = [*config.data, *config.eval_data]
         inputs = [path for source in sources if (path := local_path(source))]  # a Hub id has no content here
@@ -152,13 +230,18 @@ def train_and_save(trainer: Trainer) -> Row:
 
 def _take_finished(trainer: Trainer, checkpoint: str | None) -> bool:
     """Whether the checkpoint is a run's last, then loaded: transformers would take one step too many from it."""
-    if checkpoint is None or trainer.is_deepspeed_enabled:
+    if checkpoint is None:
         return False
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     if state.global_step < state.max_steps:
         return False
-    trainer._load_from_checkpoint(checkpoint)
     trainer.state = state
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # only what trains knows where the shards belong
+        trainer._prepare_for_training(state.max_steps, trainer.get_train_dataloader(), checkpoint)
+    else:
+        trainer._load_from_checkpoint(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        trainer._load_best_model()
     return True
 
 

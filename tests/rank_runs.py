@@ -1,8 +1,9 @@
 """What the tests of several ranks run: `torchrun --nproc_per_node 2 tests/rank_runs.py PLAN.json`.
 
 PLAN.json is a list of runs, each with `name`, `dataset` (a folder of `Dataset.save_to_disk`), `model`, `settings` of
-`MPOConfig`, and optionally `resume` (a checkpoint), `lora`, `evaluate`, `scripted`. For each, rank r writes
-`NAME.r.json` beside the plan: losses, reward shift, reference columns and, where asked, metrics of an evaluation.
+`MPOConfig`, and optionally `resume` (a checkpoint), `lora`, `evaluate`, `scripted`, `save` (a folder). For each, rank
+r writes `NAME.r.json` beside the plan: losses, reward shift, reference columns, which share of the reference model it
+holds and, where asked, metrics of an evaluation.
 """
 
 import json
@@ -36,8 +37,18 @@ class ScriptedTrainer(MPOTrainer):
         return scores._replace(logps=scores.ref_logps + scripted_rewards(inputs) / self.beta + 0 * scores.logps)
 
 
+def share_of_reference(trainer: MPOTrainer) -> float | None:
+    """How much of the reference model lies on this rank; None where there is none."""
+    if trainer.ref_model is None:
+        return None
+    parameters = list(trainer.ref_model.parameters())
+    held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in parameters)
+    return held / sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Trains as one entry of the plan says; also called without torchrun, as the run to compare with."""
+    torch.manual_seed(0)  # adapters are drawn before the trainer sets its seed
     args = MPOConfig(**plan["settings"])  # before the model: DeepSpeed shards it as it is loaded
     trainer = (ScriptedTrainer if plan.get("scripted") else MPOTrainer)(
         model=load_model(plan["model"], dtype="float32"),
@@ -48,11 +59,14 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=plan.get("resume"))
     metrics = trainer.evaluate(load_from_disk(plan["dataset"])) if plan.get("evaluate") else {}
+    if plan.get("save"):
+        trainer.save_model(plan["save"])
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "shift": trainer.reward_shift.state_dict(),
         "ref_chosen_logps": list(trainer.train_dataset["ref_chosen_logps"]) if trainer.precompute_ref_logps else None,
+        "share_of_reference": share_of_reference(trainer),
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
     }
 
