@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_builders.dropout_ntp import cut_response as cut_response
-    from data_builders.extract import extract_answer as extract_answer
     from data_builders.pair import make_pairs as make_pairs
     from data_builders.records import InputError as InputError
+    from data_builders.rules.extract import extract_answer as extract_answer
     from data_builders.verify import Judgement as Judgement
     from data_builders.verify import judge_response as judge_response
     from data_builders.verify import verify_answer as verify_answer
@@ -16,7 +16,7 @@ _HOMES = {
     "InputError": "records",
     "Judgement": "verify",
     "cut_response": "dropout_ntp",
-    "extract_answer": "extract",
+    "extract_answer": "rules.extract",
     "judge_response": "verify",
     "make_pairs": "pair",
     "verify_answer": "verify",

@@ -28,8 +28,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_builders.compat_internvl import judge_row_like_internvl
 from data_builders.records import Row
+from data_builders.rules.internvl import judge_row_like_internvl
 from data_builders.shards import Place, read_placed_rows, shard_paths
 from data_builders.verify import Judgement, accepted_answers, judge_prediction, judge_row, rules_for
 

@@ -14,12 +14,12 @@ from typing import Literal
 from data_builders import records
 from data_builders.audit import AUDIT_FILE, audit_verdicts
 from data_builders.backends import SamplerConfig, open_sampler
-from data_builders.compat_internvl import judge_row_like_internvl
 from data_builders.engine import EngineConfig, chunks_of_rows, drop_note, run_step
-from data_builders.extract import Style
 from data_builders.images import check_images
 from data_builders.model_judge import judge_by_model, needs_model, prompts_for
 from data_builders.records import InputError, Row, Summary
+from data_builders.rules.extract import Style
+from data_builders.rules.internvl import judge_row_like_internvl
 from data_builders.shards import claim_folder, write_text
 from data_builders.verify import Judgement, Kind, accepted_answers, judge_row
 

@@ -17,9 +17,9 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from data_builders.prompts import is_chinese
 from data_builders.records import InputError, Row
+from data_builders.rules.text import clean
 from data_builders.samplers import Completion, Request, Sampler, SamplingSettings
 from data_builders.verify import accepted_answers
-from data_builders.verify_text import clean
 
 OPEN_RULES = ("text", "anls")
 MAX_RESPONSE_CHARS = 2_000

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
-from data_builders.extract import MAX_ANSWER_CHARS, extract_answer
 from data_builders.records import InputError, Row
-from data_builders.verify_choice import Options, is_choice, is_yes_no, lettered, options_in, same_choice, same_yes_no
-from data_builders.verify_math import has_words, looks_like_formula, same_formula
-from data_builders.verify_numbers import is_number, same_numbers
-from data_builders.verify_text import clean, edit_similarity, same_text, unwrap
+from data_builders.rules.choice import Options, is_choice, is_yes_no, lettered, options_in, same_choice, same_yes_no
+from data_builders.rules.extract import MAX_ANSWER_CHARS, extract_answer
+from data_builders.rules.math import has_words, looks_like_formula, same_formula
+from data_builders.rules.numbers import is_number, same_numbers
+from data_builders.rules.text import clean, edit_similarity, same_text, unwrap
 
 Kind = Literal["auto", "choice", "yes_no", "number", "relaxed", "math", "text", "anls"]
 KINDS = get_args(Kind)

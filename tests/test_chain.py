@@ -1,4 +1,4 @@
-"""From questions to pairs and a page, with several workers and by a script of `examples/`: the same pairs each time."""
+"""From questions to pairs and a page, with several workers and by a script of `examples/`: the same pairs."""
 
 import os
 import subprocess

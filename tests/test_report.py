@@ -13,13 +13,12 @@ from PIL import Image
 from data_builders import judge
 from data_builders.records import InputError
 from data_builders.shards import write_text
-from mpo import report_charts as charts
-from mpo import report_drawing as drawing
+from mpo.pages import charts, drawing
+from mpo.pages.data import PairCounts
+from mpo.pages.gallery import GalleryPicker, card, picture
+from mpo.pages.histograms import bin_edges, binned
+from mpo.pages.texts import highlight, visible
 from mpo.report import ReportConfig, run
-from mpo.report_data import PairCounts
-from mpo.report_gallery import GalleryPicker, card, picture
-from mpo.report_histograms import bin_edges, binned
-from mpo.report_texts import highlight, visible
 
 HOSTILE = [
     "<script>alert(1)</script>",

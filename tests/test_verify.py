@@ -10,12 +10,12 @@ from fractions import Fraction
 
 import pytest
 
-from data_builders.extract import STYLES, extract_answer
 from data_builders.records import InputError
+from data_builders.rules.extract import STYLES, extract_answer
+from data_builders.rules.math import _equal_to_math_verify, looks_like_formula, same_formula
+from data_builders.rules.numbers import is_number, read_quantity, same_numbers
+from data_builders.rules.text import clean, unwrap
 from data_builders.verify import KINDS, Judgement, judge_response, verify_answer
-from data_builders.verify_math import _equal_to_math_verify, looks_like_formula, same_formula
-from data_builders.verify_numbers import is_number, read_quantity, same_numbers
-from data_builders.verify_text import clean, unwrap
 
 # Protection against hanging, not a measurement: the slowest answer takes about a second on one quiet core.
 HANG_SECONDS = 5.0
@@ -1028,7 +1028,7 @@ def test_a_profiler_is_no_trouble() -> None:
 
 def test_a_comparison_ends_after_a_number_of_steps_and_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verify_answer("(x+3)^2", "x^2+6x+9", kind="math")
-    monkeypatch.setattr("data_builders.verify_math.MAX_STEPS", 100)
+    monkeypatch.setattr("data_builders.rules.math.MAX_STEPS", 100)
     assert not verify_answer("(x+5)^2", "x^2+10x+25", kind="math")
     assert sys.getprofile() is None
     monkeypatch.undo()
@@ -1042,7 +1042,7 @@ def test_a_comparison_ends_wherever_it_is_when_its_steps_are_used_up(monkeypatch
     verify_answer("(x+3)^2", "x^2+6x+9", kind="math")
     start = time.monotonic()
     for steps in range(100_000, 100_012):
-        monkeypatch.setattr("data_builders.verify_math.MAX_STEPS", steps)
+        monkeypatch.setattr("data_builders.rules.math.MAX_STEPS", steps)
         _equal_to_math_verify.cache_clear()
         assert not verify_answer("(x+y+z+1)^{99}", "x^2+4", kind="math")
     assert unraisable == []

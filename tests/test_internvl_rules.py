@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data_builders.compat_internvl import judge_like_internvl, judge_row_like_internvl, scorers_of, skips_pair
+from data_builders.rules.internvl import judge_like_internvl, judge_row_like_internvl, scorers_of, skips_pair
 from data_builders.verify import judge_response
 
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from markupsafe import Markup
 
-from mpo.report_drawing import GRID, canvas, house_style, to_markup
+from mpo.pages.drawing import GRID, canvas, house_style, to_markup
 
 _MIN_BARS, _MAX_BARS = 12, 40
 

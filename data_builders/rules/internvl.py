@@ -23,10 +23,10 @@ Source of the behaviour: https://github.com/OpenGVLab/InternVL, internvl_chat/to
 import re
 
 from data_builders.records import Row
+from data_builders.rules.math import same_formula
+from data_builders.rules.numbers import NUMBER_WORDS
+from data_builders.rules.text import clean, edit_distance
 from data_builders.verify import Judgement, accepted_answers
-from data_builders.verify_math import same_formula
-from data_builders.verify_numbers import NUMBER_WORDS
-from data_builders.verify_text import clean, edit_distance
 
 THRESHOLD = 0.9
 MAX_COMPARED_PAIRS = 1_000_000

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from string import ascii_uppercase
 
-from data_builders.verify_numbers import same_numbers
-from data_builders.verify_text import clean, same_text
+from data_builders.rules.numbers import same_numbers
+from data_builders.rules.text import clean, same_text
 
 # An option's text is no longer than an answer, and they stand at the end of a question.
 MAX_OPTION_CHARS = 500

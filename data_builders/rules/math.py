@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 from types import FrameType
 from typing import Any
 
-from data_builders.verify_numbers import same_numbers
+from data_builders.rules.numbers import same_numbers
 
 MAX_FORMULA_CHARS = 200
 # Calls and returns, of Python and of C: under a second with the hook. Ordinary formulas take fewer than 0.5 million.

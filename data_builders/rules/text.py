@@ -9,7 +9,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from data_builders.verify_numbers import NUMBER_WORDS
+from data_builders.rules.numbers import NUMBER_WORDS
 
 _DRESS = re.compile(r"[$\\*_`\"'“<]")
 _WRAPPERS = [

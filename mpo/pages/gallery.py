@@ -10,7 +10,7 @@ from typing import Any
 
 from data_builders.images import load_image
 from data_builders.records import Row
-from mpo.report_texts import as_text, highlight, shorten
+from mpo.pages.texts import as_text, highlight, shorten
 
 MAX_SIDE = 512  # pixels; larger pictures are scaled down before they go into the page
 SMALL_SIDE = 128  # pixels; smaller pictures are shown enlarged, each pixel sharp

@@ -7,7 +7,7 @@ import re
 from typing import Literal, get_args
 
 from data_builders.records import InputError
-from data_builders.verify_text import unwrap
+from data_builders.rules.text import unwrap
 
 Style = Literal["auto", "final_answer", "boxed", "think", "direct"]
 STYLES = get_args(Style)

@@ -92,7 +92,7 @@ def same_numbers(prediction: str, answer: str, *, tolerance: Fraction | None = N
     is 0.5 as well as 50. A comma that could separate thousands or items may do either.
 
     Args:
-        prediction: Short text in one spelling, as `data_builders.verify_text` cleans it.
+        prediction: Short text in one spelling, as `data_builders.rules.text` cleans it.
         answer: The same for the known answer.
         tolerance: Relative to the answer, years excepted; None asks for exact equality.
 

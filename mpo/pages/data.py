@@ -13,11 +13,11 @@ import numpy as np
 from data_builders.engine import drop_reasons
 from data_builders.records import Pair, Row, Verdict
 from data_builders.shards import read_stage
-from mpo import report_charts as charts
-from mpo.report_drawing import BLUE, CSS_NAMES, GREEN, ORANGE
-from mpo.report_gallery import question_of
-from mpo.report_histograms import Series, histogram, spread
-from mpo.report_texts import count_words
+from mpo.pages import charts
+from mpo.pages.drawing import BLUE, CSS_NAMES, GREEN, ORANGE
+from mpo.pages.gallery import question_of
+from mpo.pages.histograms import Series, histogram, spread
+from mpo.pages.texts import count_words
 
 MAX_RULES = 20  # lines of a table; what is rarer is counted together
 SIDES = {"chosen": BLUE, "rejected": ORANGE}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from data_builders.records import Row
-from mpo.report_drawing import (
+from mpo.pages.drawing import (
     BASELINE,
     BLUE,
     GREEN,

@@ -1,0 +1,1 @@
+"""What `mpo report` draws and counts, a module per kind of thing on the page."""
