@@ -12,9 +12,9 @@ from PIL import Image
 
 from data_builders import judge
 from data_builders.records import InputError
-from data_builders.shards import write_text
+from data_builders.shards import write_rows, write_text
 from mpo.pages import charts, drawing
-from mpo.pages.data import PairCounts
+from mpo.pages.data import PairCounts, read_pairs
 from mpo.pages.gallery import GalleryPicker, card, picture
 from mpo.pages.histograms import bin_edges, binned
 from mpo.pages.texts import highlight, visible
@@ -928,3 +928,12 @@ def test_the_browser_would_have_noticed_a_request_and_an_error(tmp_path, browser
     browser.open(tmp_path / "bad.html")
     assert "http://127.0.0.1:9/picture.png" in browser.requests()
     assert any("Uncaught" in error for error in browser.errors())
+
+
+def test_a_folder_without_pairs_beside_one_with_pairs_is_no_fault(tmp_path: Path) -> None:
+    write_rows(tmp_path / "empty" / "00000.jsonl", [])
+    with pytest.raises(InputError, match="holds no row"):
+        list(read_pairs([str(tmp_path / "empty")]))
+    pair = {"id": "q#0", "prompt": "?", "chosen": "a", "rejected": "b", "kind": "format"}
+    write_rows(tmp_path / "pairs" / "00000.jsonl", [pair])
+    assert [row["id"] for row in read_pairs([str(tmp_path / "empty"), str(tmp_path / "pairs")])] == ["q#0"]

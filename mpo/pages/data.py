@@ -5,14 +5,13 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from data_builders.engine import drop_reasons
-from data_builders.records import Pair, Row, Verdict
-from data_builders.shards import read_stage
+from data_builders.records import InputError, Pair, Row, Verdict
+from data_builders.shards import read_rows, read_stage, shard_paths
 from mpo.pages import charts
 from mpo.pages.drawing import BLUE, CSS_NAMES, GREEN, ORANGE
 from mpo.pages.gallery import question_of
@@ -171,12 +170,18 @@ class PairCounts:
 
 
 def read_pairs(folders: list[str]) -> Iterator[Row]:
-    """The pairs of all folders, one after the other.
+    """The pairs of all folders, one after the other; of some a step may have left nothing.
 
     Raises:
-        InputError: A folder is missing, empty or broken.
+        InputError: A folder is missing or broken, or none of them holds a pair.
     """
-    return chain.from_iterable(read_stage(Path(folder), Pair) for folder in folders)
+    empty = True
+    for path in (path for folder in folders for path in shard_paths(Path(folder))):
+        for row in read_rows(path, Pair):
+            empty = False
+            yield row
+    if empty:
+        raise InputError(f"{', '.join(folders)} holds no row: the step that writes it produced nothing.")
 
 
 def left_out(folders: list[str]) -> list[tuple[str, list[tuple[str, int]]]]:
