@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_builders import judge
 from data_builders.records import InputError
-from data_builders.shards import write_rows, write_text
+from data_builders.shards import write_text
 from mpo.pages import charts, drawing
 from mpo.pages.data import PairCounts, read_pairs
 from mpo.pages.gallery import GalleryPicker, card, picture
