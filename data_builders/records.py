@@ -77,6 +77,8 @@ class Summary:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     next_command: str | None = None
+    also: list["Summary"] = field(default_factory=list)  # more tables, below this one
+    text: str | None = None  # printed in place of all tables
     exit_code: int = 0  # of the command line; not 0 when what was looked for is not as it should be
 
 

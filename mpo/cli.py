@@ -18,7 +18,7 @@ from rich.table import Table
 
 from data_builders.records import InputError, Summary
 from mpo import __version__
-from mpo.settings import describe_settings, read_settings
+from mpo.settings import describe_settings, read_settings, read_values
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Verb:
         module: Where its `CONFIGS` and `run` are.
         help: Its line in `mpo --help`.
         runs_others: `run` also takes `run_verb(verb, argv) -> Summary`, to run other verbs in this process.
+        takes_values: `run` takes each config as the dictionary that was read, not built: for another machine's.
     """
 
     module: str
     help: str
     runs_others: bool = False
+    takes_values: bool = False
 
 
 VERBS = {
@@ -45,6 +47,7 @@ VERBS = {
     "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
     "convert": Verb("data_builders.convert", "Read and write the formats of others, or look for faults in data."),
     "reference": Verb("mpo.reference", "Compute the reference's log-probabilities ahead of training."),
+    "check": Verb("mpo.check", "Say what `mpo train` will take and what is wrong, without weights.", takes_values=True),
     "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
     "loop": Verb("mpo.loop", "Sample, judge, pair and train, round after round.", runs_others=True),
     "eval": Verb("mpo.evaluate", "Measure a model's accuracy on questions with answers."),
@@ -76,7 +79,8 @@ def run_verb(name: str, argv: Sequence[str]) -> Summary:
     """
     verb = VERBS[name]
     module = import_module(verb.module)
-    configs = read_settings(name, module.CONFIGS, argv)
+    read = read_values if verb.takes_values else read_settings
+    configs = read(name, module.CONFIGS, argv)
     if verb.runs_others:
         return module.run(*configs, run_verb=_run_step)
     return module.run(*configs)
@@ -148,10 +152,15 @@ def _print(*parts: str | Table) -> None:
 
 
 def _print_summary(summary: Summary) -> None:
+    if summary.text is not None:
+        _print(summary.text)
+        return
     table = Table(*summary.columns, title=summary.title, title_justify="left")
     for row in summary.rows:
         table.add_row(*row)
     _print(table, *summary.notes)
+    for other in summary.also:
+        _print_summary(other)
     if summary.next_command:
         _print(f"Next: {summary.next_command}")
 

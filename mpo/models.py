@@ -190,10 +190,12 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 class LoadsItsCheckpoints:
-    """For a trainer of transformers: takes weights from a checkpoint the way `from_pretrained` does.
+    """For a trainer of transformers: takes and leaves weights of a checkpoint under the names of `from_pretrained`.
 
     Transformers saves LLaVA and other families under older parameter names and translates them in `from_pretrained`,
-    but not where its Trainer resumes: there nothing matches, nothing is loaded, and training starts over.
+    but not where its Trainer resumes: there nothing matches, nothing is loaded, and training starts over. And after
+    loading for ZeRO-3 it takes every translation that it knows for one to undo when it saves, so that the names are
+    ones that no other program knows.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -209,3 +211,13 @@ class LoadsItsCheckpoints:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Transformers' seam for what is written."""
+        base = base_of(self.model)
+        if translations := getattr(base, "_weight_conversions", None):
+            base._weight_conversions = [translation for translation in translations if translation.was_used()]
+        if state_dict is not None:  # gathered from ranks: what is tied would be in it twice
+            tied = getattr(base, "all_tied_weights_keys", {})
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)

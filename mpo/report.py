@@ -251,12 +251,14 @@ def _training_section(folder: Path) -> Row:
         line("rejected", "rewards/rejected", drawing.ORANGE),
         line("shift δ", "reward_shift", drawing.INK, dashed=True),
     ]
+    accuracies = [line("chosen above rejected", "rewards/accuracies", drawing.GREEN)]
     num_steps = max((row["step"] for row in history if isinstance(row.get("step"), int)), default=0)
     return {
         "num_steps": num_steps,
         "facts": _training_facts(history),
         "loss": _curves("loss", loss, "The loss and its terms over training steps."),
         "rewards": _curves("rewards", rewards, "Rewards of chosen and rejected responses over training steps."),
+        "accuracies": _curves("accuracies", accuracies, "Share of pairs whose chosen response has the higher reward."),
         "summary": f"{num_steps:,} steps",
     }
 
@@ -282,6 +284,7 @@ def _training_facts(history: Sequence[Row]) -> list[tuple[str, str]]:
         ("Chosen above rejected", "rewards/accuracies", charts.percent),
         ("Reward margin", "rewards/margins", charts.number),
         ("Reward shift δ", "reward_shift", charts.number),
+        ("Tokens per second", "tokens_per_second", lambda value: f"{value:,.0f}"),
     ]
     series = [(name, _series(history, key), write) for name, key, write in shown]
     return [(name, f"{write(values[0][1])} → {write(values[-1][1])}") for name, values, write in series if values]

@@ -8,6 +8,7 @@ logging are TRL's.
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ class MPOTrainer(LoadsItsCheckpoints, LearnsByPart, CachesItsReference, SharesPr
         self._step_rewards: list[Tensor] = []
         self._step_batches: list[Any] = []
         self._step_size: Tensor | None = None
+        self._last_logged: tuple[float, int] | None = None  # when, and how many tokens there were
         self._zero_rewards = ZeroRewards()
         self._learned = self._step_learning_rate = 0.0
         self._hides_pictures = args.precompute_ref_log_probs
@@ -348,6 +350,16 @@ class MPOTrainer(LoadsItsCheckpoints, LearnsByPart, CachesItsReference, SharesPr
         if mode == "train":
             self._total_train_tokens += int(num_tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with `tokens_per_second`: growth of `num_tokens`, over all ranks, since training was last logged."""
+        if "loss" in logs and "train_loss" not in logs:
+            now, tokens = time.perf_counter(), self._total_train_tokens
+            if self._last_logged:
+                then, before = self._last_logged
+                logs["tokens_per_second"] = (tokens - before) / (now - then)
+            self._last_logged = (now, tokens)
+        super().log(logs, start_time)
 
     def end_step(self) -> None:
         """Takes the rewards of one optimizer step, all micro-batches and ranks, into the reward shift."""

@@ -861,7 +861,7 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request_to_anywhere(tmp_
     browser.open(tmp_path / "out" / "report.html")
     assert browser.evaluate("[...document.images].map(image => image.naturalWidth)") == [16, 512]
     widths = browser.evaluate("[...document.querySelectorAll('svg')].map(svg => svg.getBBox().width)")
-    assert len(widths) == 4 + 2 * 3 + 2  # of the run, lengths of three kinds of pairs, pairs per question and source
+    assert len(widths) == 5 + 2 * 3 + 2  # of the run, lengths of three kinds of pairs, pairs per question and source
     assert min(widths) > 100
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.errors() == []
