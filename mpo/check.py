@@ -17,10 +17,10 @@ from trl import ModelConfig
 from data_builders.records import InputError, Row, Summary
 from data_builders.shards import write_text
 from mpo.config import MPOConfig
-from mpo.footprint import estimate_flops
 from mpo.models import PARTS
-from mpo.placement import PEAK_TFLOPS
-from mpo.plan import AS_THEY_COME, BY_QUESTION, Plan, Target, make_plan, read_run
+from mpo.planning.footprint import estimate_flops
+from mpo.planning.placement import PEAK_TFLOPS
+from mpo.planning.plan import AS_THEY_COME, BY_QUESTION, Plan, Target, make_plan, read_run
 from mpo.training import StageConfig
 
 GIB = 2**30

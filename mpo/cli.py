@@ -47,7 +47,7 @@ VERBS = {
     "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
     "convert": Verb("data_builders.convert", "Read and write the formats of others, or look for faults in data."),
     "reference": Verb("mpo.reference", "Compute the reference's log-probabilities ahead of training."),
-    "check": Verb("mpo.check", "Say what `mpo train` will take and what is wrong, without weights.", takes_values=True),
+    "check": Verb("mpo.check", "Say what `mpo train` will take and what is wrong.", takes_values=True),
     "train": Verb("mpo.train", "Train on pairs with Mixed Preference Optimization."),
     "loop": Verb("mpo.loop", "Sample, judge, pair and train, round after round.", runs_others=True),
     "eval": Verb("mpo.evaluate", "Measure a model's accuracy on questions with answers."),

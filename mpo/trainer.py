@@ -352,7 +352,7 @@ class MPOTrainer(LoadsItsCheckpoints, LearnsByPart, CachesItsReference, SharesPr
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with `tokens_per_second`: growth of `num_tokens`, over all ranks, since training was last logged."""
+        """As TRL's, with `tokens_per_second`: growth of `num_tokens`, of all ranks, since training was last logged."""
         if "loss" in logs and "train_loss" not in logs:
             now, tokens = time.perf_counter(), self._total_train_tokens
             if self._last_logged:

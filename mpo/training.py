@@ -22,12 +22,14 @@ from data_builders.shards import claim_folder
 from mpo.drop_path import set_drop_path
 from mpo.models import PARTS, is_adapter, load_for_training, lora_targets, part_of, train_parts
 from mpo.optimizers import check_rates
+from mpo.provenance import add_start
 from mpo.sources import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
 
+_LAST = ("config.json", "adapter_config.json")  # what is written last of a model's folder
 _SHOWN = {"loss": "loss", "rewards/margins": "margin", "mean_token_accuracy": "accuracy"}
 
 
@@ -222,9 +224,13 @@ def train_and_save(trainer: Trainer) -> Row:
         trainer.add_callback(LossBar)
     output_dir = Path(trainer.args.output_dir)
     checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(output_dir)
-    if not _take_finished(trainer, checkpoint):
+    finished = _take_finished(trainer, checkpoint)
+    if not finished:
+        if trainer.args.should_save:
+            add_start(output_dir, num_ranks=trainer.args.world_size)
         trainer.train(resume_from_checkpoint=checkpoint)
-    _save_whole(trainer, output_dir)
+    if not (finished and _is_whole(output_dir)):  # a model that others have read stays as it is
+        _save_whole(trainer, output_dir)
     return {name: value for entry in trainer.state.log_history for name, value in entry.items()}
 
 
@@ -245,6 +251,10 @@ def _take_finished(trainer: Trainer, checkpoint: str | None) -> bool:
     return True
 
 
+def _is_whole(output_dir: Path) -> bool:
+    return any((output_dir / name).is_file() for name in _LAST)
+
+
 def _save_whole(trainer: Trainer, output_dir: Path) -> None:
     """Writes the final model beside and moves it in, `config.json` last: a folder that has one can be loaded."""
     staging = output_dir / ".saving"
@@ -256,7 +266,7 @@ def _save_whole(trainer: Trainer, output_dir: Path) -> None:
     if not trainer.args.should_save:
         return
     trainer.state.save_to_json(str(staging / "trainer_state.json"))
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in _LAST):
         target = output_dir / path.name
         if target.is_dir():  # an adapter's subfolder, of an earlier save
             shutil.rmtree(target)

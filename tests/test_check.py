@@ -21,20 +21,20 @@ from trl import ModelConfig
 from data_builders.records import InputError, Summary
 from data_builders.shards import write_rows
 from mpo import cli
-from mpo.blueprint import draw, find_architecture
 from mpo.cli import run_verb
-from mpo.footprint import Batch, Setup, Sizes, Stack, Work, estimate_memory
 from mpo.forest_collators import ForestCollator
 from mpo.lengths import measure_rows
-from mpo.picture_tokens import picture_counter, tile_of
-from mpo.placement import Precision, make_fit, place
-from mpo.problems import setting_problems, version_problems
-from mpo.survey import collect, measure, share
-from mpo.versions import Installed, check_versions
+from mpo.planning.blueprint import draw, find_architecture
+from mpo.planning.footprint import Batch, Setup, Sizes, Stack, Work, estimate_memory
+from mpo.planning.picture_tokens import picture_counter, tile_of
+from mpo.planning.placement import Precision, make_fit, place
+from mpo.planning.problems import setting_problems, version_problems
+from mpo.planning.survey import collect, measure, share
+from mpo.planning.versions import Installed, check_versions
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/internvl3_8b/train.yaml"
-PARAMETERS = 7_944_373_760  # of InternVL3-8B; its model card says 7.94B
+PARAMETERS = 7_944_373_760  # of InternVL3-8B as transformers builds it from the copy of its architecture
 MISSING = "missing.png"
 
 

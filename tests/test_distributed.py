@@ -158,14 +158,14 @@ def test_what_ranks_save_gives_the_same_log_probs_when_it_is_loaded_alone(
 
 
 def config_of(task: Path, folder: Path, **settings: Any) -> Path:
-    """A run of ten steps with a checkpoint after every other one."""
+    """A run of nine steps, two to an epoch: it is stopped, and ends, in the middle of one."""
     chosen = {
         **SETTINGS,
         **ADAM,
         **ONE_BY_ONE,
-        "num_train_epochs": 5,
+        "max_steps": 9,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 3,
         "model_name_or_path": str(task / "model"),
         "data": str(task / "thirteen_pairs.jsonl"),
         "image_root": str(task),
@@ -241,16 +241,16 @@ def test_a_run_that_was_killed_and_started_again_has_the_losses_of_one_process(
 ) -> None:
     arguments = ["train", "--config", str(config_of(task, tmp_path, **zero(stage)))]
     out = tmp_path / "out"
-    launch_and_kill([*launchers()[launcher], *arguments], tmp_path, out / "checkpoint-2" / "trainer_state.json")
+    launch_and_kill([*launchers()[launcher], *arguments], tmp_path, out / "checkpoint-3" / "trainer_state.json")
     assert not (out / "config.json").exists()
     assert launch([*launchers()[launcher], *arguments], tmp_path).count("Mixed Preference Optimization") == 1
     check_same(out, alone)
 
 
 def check_same(out: Path, alone: Path) -> None:
-    """Both folders hold the same ten steps and the same model."""
+    """Both folders hold the same nine steps and the same model."""
     for name in ("loss", "reward_shift"):
-        assert len(logged(alone, name)) == 10
+        assert len(logged(alone, name)) == 9
         assert logged(out, name) == pytest.approx(logged(alone, name), abs=SAME), name
     weights, expected = (load_file(path / "model.safetensors") for path in (out, alone))
     assert weights.keys() == expected.keys()
@@ -288,7 +288,7 @@ def verbs_done(task: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_sharded_run_that_is_done_takes_no_step_when_it_is_started_again(verbs_done: Path, alone: Path) -> None:
-    assert json.loads((verbs_done / "out" / "trainer_state.json").read_text())["global_step"] == 10
+    assert json.loads((verbs_done / "out" / "trainer_state.json").read_text())["global_step"] == 9
     check_same(verbs_done / "out", alone)
 
 
@@ -310,7 +310,7 @@ def test_fully_sharded_runs_have_the_losses_of_one_process_also_after_a_stop(
     """FSDP2 as `configs/accelerate/fsdp2.yaml` sets it up, policy and reference sharded."""
     configs = [config_of(task, tmp_path / name, use_cpu=False) for name in ("whole", "stopped")]
     whole, stopped = (["train", "--config", str(path)] for path in configs)
-    stopped += ["--resume_from_checkpoint", str(tmp_path / "whole" / "out" / "checkpoint-6")]
+    stopped += ["--resume_from_checkpoint", str(tmp_path / "whole" / "out" / "checkpoint-3")]
     config = str(ROOT / "configs" / "accelerate" / "fsdp2.yaml")
     port = ["--num_processes", "2", "--main_process_port", str(free_port())]
     accelerate = ["accelerate.commands.launch", "--config_file", config, *port]

@@ -127,3 +127,15 @@ def test_nothing_is_uploaded_unless_asked_and_a_failed_upload_leaves_the_folder_
         run(ExportConfig(model=str(runs / "full"), output=str(tmp_path / "pushed"), push="org/name"))
     assert calls == [("org/name", True)]
     assert (tmp_path / "pushed" / "config.json").is_file()
+
+
+def test_a_run_notes_what_each_of_its_starts_was_made_with(runs: Path) -> None:
+    (start,) = json.loads((runs / "full" / "provenance.json").read_text())["starts"]
+    assert start["num_ranks"] == 1
+    assert start["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", start["time"])
+    settings = json.loads((runs / "full" / "settings.json").read_text())
+    assert re.fullmatch("[0-9a-f]{16}", settings["inputs"][str(runs / "pairs.jsonl")])  # the data's fingerprint
+    state = json.loads((runs / "full" / "trainer_state.json").read_text())
+    assert any("reward_shift" in entry for entry in state["log_history"])
+    assert any(entry.get("tokens_per_second", 0) > 0 for entry in state["log_history"])

@@ -20,11 +20,11 @@ from trl import ModelConfig
 
 from data_builders.shards import write_rows
 from mpo import MPOConfig, MPOTrainer
-from mpo.blueprint import draw
 from mpo.data import preference_dataset
-from mpo.footprint import Batch, Flow, Setup, Sizes, Stack, Work, estimate_flops, estimate_memory
 from mpo.models import lora_targets, part_of, train_parts
-from mpo.plan import Target, make_plan, read_run
+from mpo.planning.blueprint import draw
+from mpo.planning.footprint import Batch, Flow, Setup, Sizes, Stack, Work, estimate_flops, estimate_memory
+from mpo.planning.plan import Target, make_plan, read_run
 from mpo.training import StageConfig
 
 LAYER = Stack(layers=1, width=10, inner=40, queries=10, keys=10, heads=1, weights=1600)

@@ -1,6 +1,6 @@
 """What would stop or spoil a run, in words and with what to do about it.
 
-Each function looks at one thing and returns what it found; `mpo.plan` puts them in order.
+Each function looks at one thing and returns what it found; `mpo.planning.plan` puts them in order.
 """
 
 from collections import Counter
@@ -14,11 +14,11 @@ from trl import ModelConfig
 
 from data_builders.records import InputError
 from mpo.config import MPOConfig
-from mpo.footprint import Memory, Setup
 from mpo.lengths import Lengths
 from mpo.overlong import FitReport, fit_to_length
-from mpo.placement import Change
-from mpo.versions import Installed
+from mpo.planning.footprint import Memory, Setup
+from mpo.planning.placement import Change
+from mpo.planning.versions import Installed
 
 GIB = 2**30
 _FAULTS = {  # by kind, the worst first: what it means, and what to do
@@ -80,7 +80,7 @@ def memory_problems(memory: Memory, changes: list[Change], *, together: bool, li
 
     Args:
         memory: As configured.
-        changes: Of `mpo.placement.make_fit`.
+        changes: Of `mpo.planning.placement.make_fit`.
         together: Whether all of them are needed.
         limit: Bytes of a GPU.
     """

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpo.footprint import Batch, Flow, Memory, Setup, Sizes, estimate_memory
+from mpo.planning.footprint import Batch, Flow, Memory, Setup, Sizes, estimate_memory
 
-PEAK_TFLOPS = {  # dense bf16 tensor cores (V100: fp16), from the makers' data sheets
+PEAK_TFLOPS = {  # of dense matrix products in bf16 (V100: fp16); nominal, so hours are rough
     "a10": 125,
     "a100": 312,
     "a6000": 155,

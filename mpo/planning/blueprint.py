@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from data_builders.records import InputError
-from mpo.footprint import Flow, Sizes, Stack
 from mpo.models import PARTS, base_of, part_of
-from mpo.picture_tokens import patch_size, patches_per_token, shipped_architectures
+from mpo.planning.footprint import Flow, Sizes, Stack
+from mpo.planning.picture_tokens import patch_size, patches_per_token, shipped_architectures
 
 _ADAPTER = "adapter_config.json"
 
@@ -33,7 +33,7 @@ class Blueprint:
         source: Where its configuration was found.
         total: Parameters by part.
         trained: Those that are trained, by part.
-        sizes: What `mpo.footprint` needs.
+        sizes: What `mpo.planning.footprint` needs.
     """
 
     model: nn.Module
@@ -77,9 +77,9 @@ def find_architecture(
         if (shipped / "config.json").is_file():
             return _load(shipped, trust_remote_code), "a copy that ships with mpo; the model itself is not here"
         raise InputError(
-            f"there is no model folder {name}, and neither the Hub's cache nor mpo has a copy of its configuration "
-            f"({error!s:.200}). Is the name right? `hf download {name} config.json` gets it, and `--model_config` "
-            "takes it from elsewhere."
+            f"there is no model folder {name}, and neither the Hub's cache nor mpo has a configuration of that name. "
+            "If it is a folder, the step that writes it has not run. Of a model on the Hub, `hf download "
+            f"{name} config.json` gets it; `--model_config` takes it from elsewhere."
         ) from error
 
 

@@ -16,8 +16,8 @@ from typing import Literal
 
 HEAD_TILE = 32_768  # tokens of the vocabulary that TRL's fused head computes at a time, however many there are
 HEAD_ROWS = 4096  # positions that it takes at a time (trl.kernels.chunked_logprob)
-CUDA_BYTES = 3 * 2**29  # context, cuBLAS workspaces and NCCL's channels: 1.5 GiB, as seen on recent data-center GPUs
-FRAGMENTATION = 0.05  # of what tensors take, that PyTorch's allocator cannot hand out again
+CUDA_BYTES = 3 * 2**29  # assumed, not measured: context, cuBLAS workspaces and NCCL's channels
+FRAGMENTATION = 0.05  # assumed: of what tensors take, that PyTorch's allocator cannot hand out again
 
 
 @dataclass(frozen=True)

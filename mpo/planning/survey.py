@@ -23,13 +23,13 @@ from transformers import ProcessorMixin
 from data_builders.records import InputError, Row
 from mpo import forest
 from mpo.data import preference_dataset
-from mpo.footprint import Batch, Work
 from mpo.groups import pack_groups, question_keys
 from mpo.lengths import Lengths, measure_rows, picture_size, rendered
-from mpo.picture_tokens import PictureCounter
 from mpo.pictures import IMAGES, ImagePaths
+from mpo.planning.footprint import Batch, Work
+from mpo.planning.picture_tokens import PictureCounter
+from mpo.planning.problems import Faults
 from mpo.preferences import COLUMNS, preference
-from mpo.problems import Faults
 from mpo.shared_prefixes import undecoded
 from mpo.sources import local_path, open_source
 

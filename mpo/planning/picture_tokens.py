@@ -68,7 +68,7 @@ def patch_size(vision: PreTrainedConfig) -> int:
 
 def shipped_architectures() -> Path:
     """The folder of configurations that ship with mpo, `owner/name/config.json` each."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     beside = package.parent / "configs"
     return (beside if beside.is_dir() else package / "configs") / "architectures"
 

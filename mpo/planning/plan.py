@@ -1,7 +1,7 @@
 """What a training run will take, from its settings, its data and the configuration of its model; no weights are read.
 
-`make_plan` puts together what other modules find out: the model's parts (`mpo.blueprint`), its data (`mpo.survey`),
-how numbers are kept (`mpo.placement`), memory and operations (`mpo.footprint`), what is wrong (`mpo.problems`).
+`make_plan` puts together what the modules beside it find out: the model's parts (`blueprint`), its data (`survey`), how
+numbers are kept (`placement`), memory and operations (`footprint`), what is wrong (`problems`).
 """
 
 import json
@@ -19,15 +19,15 @@ from trl import ModelConfig
 
 from data_builders.hf_sampler import load_processor
 from data_builders.records import InputError, Row
-from mpo.blueprint import Blueprint, draw, find_architecture
 from mpo.config import MPOConfig
-from mpo.footprint import Batch, Memory, Setup, Work, estimate_flops, estimate_memory
 from mpo.forest_inputs import why_not
 from mpo.models import base_of, is_adapter
 from mpo.overlong import FitReport
-from mpo.picture_tokens import picture_counter, tile_of
-from mpo.placement import PEAK_TFLOPS, Precision, make_fit, place
-from mpo.problems import (
+from mpo.planning.blueprint import Blueprint, draw, find_architecture
+from mpo.planning.footprint import Batch, Memory, Setup, Work, estimate_flops, estimate_memory
+from mpo.planning.picture_tokens import picture_counter, tile_of
+from mpo.planning.placement import PEAK_TFLOPS, Precision, make_fit, place
+from mpo.planning.problems import (
     Problem,
     data_problems,
     length_problems,
@@ -37,9 +37,9 @@ from mpo.problems import (
     step_problems,
     version_problems,
 )
-from mpo.survey import Collected, Measured, Sharing, collect, largest_plain, measure, share
+from mpo.planning.survey import Collected, Measured, Sharing, collect, largest_plain, measure, share
+from mpo.planning.versions import Installed, check_versions
 from mpo.training import StageConfig, check_adapters, choose_parts
-from mpo.versions import Installed, check_versions
 
 AS_THEY_COME, BY_QUESTION = "rows at random", "group_by_question"
 _ASSUMED_RESPONSE = 1024  # tokens, where there are no data; MMPR's responses have 300 to 350 on average
@@ -64,7 +64,7 @@ class Target:
     Attributes:
         gpus: In all.
         gpu_bytes: Memory of one.
-        gpu: One of `mpo.placement.PEAK_TFLOPS`.
+        gpu: One of `mpo.planning.placement.PEAK_TFLOPS`.
         mfu: Share of a GPU's peak that training reaches.
     """
 
