@@ -1,7 +1,7 @@
 """What a training run will take, from its settings, its data and the configuration of its model; no weights are read.
 
-`make_plan` puts together what the modules beside it find out: the model's parts (`blueprint`), its data (`survey`), how
-numbers are kept (`placement`), memory and operations (`footprint`), what is wrong (`problems`).
+`make_plan` puts together what the modules beside it find out: the model's parts (`blueprint`), its data (`survey`),
+how numbers are kept (`placement`), memory and operations (`footprint`), what is wrong (`problems`).
 """
 
 import json
