@@ -2,9 +2,14 @@
 
 Decoding is greedy unless several answers are asked for, which also gives pass@k and the majority vote. Intervals are
 95% bootstrap intervals over questions; models are compared question by question (paired).
+
+Where a launcher started several ranks they share the parts out, each on its own GPU, and the first one counts.
 """
 
 import json
+import os
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -18,7 +23,7 @@ from data_builders.prompts import prompt_style
 from data_builders.records import InputError, Question, Row, Summary
 from data_builders.sample import sample_responses
 from data_builders.samplers import Sampler
-from data_builders.shards import claim_folder, read_rows, read_stage, write_rows, write_text
+from data_builders.shards import SETTINGS_FILE, claim_folder, read_rows, read_stage, write_rows, write_text
 from mpo.measures import compare
 
 _PUBLIC = [
@@ -84,12 +89,29 @@ def run(config: EvalConfig) -> Summary:
     settings = {"models": {name: sampler.provenance() for name, sampler in samplers.items()}, "prompts": versions}
     settings |= {"num_samples": config.num_samples, "shard_size": config.shard_size}
     folders = [path for sampler in samplers.values() for path in sampler.model_paths()]
+    rank, _ = _ranks()
+    if rank:
+        _wait_for([output / SETTINGS_FILE])  # the first one claims
     claim_folder(output, settings, [questions, *folders])
     answers = [row for name, sampler in samplers.items() for row in _answer(name, sampler, config)]
+    if rank:
+        return Summary("", [], [])  # which only the first one prints
     write_rows(output / "answers.jsonl", answers)
     evaluation = compare(answers, list(models), config.prompts, seed=config.seed)
     write_text(output / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
     return _summary(evaluation, config)
+
+
+def _ranks() -> tuple[int, int]:
+    """Which rank this is, and of how many."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _wait_for(paths: Iterable[Path]) -> None:
+    """Until other ranks have written all of them; when one of them fails, its launcher ends this one too."""
+    for path in paths:
+        while not path.exists():
+            time.sleep(0.2)
 
 
 def _named_models(entries: list[str]) -> dict[str, str]:
@@ -122,9 +144,17 @@ def _sampler_config(model: str, config: EvalConfig) -> SamplerConfig:
         max_new_tokens=config.max_new_tokens,
         seed=config.seed if temperature else 0,
         batch_size=config.batch_size,
-        device=config.device,
+        device=config.device or _own_device(),
         dtype=config.dtype,
     )
+
+
+def _own_device() -> str | None:
+    """A GPU for each rank of a machine."""
+    import torch
+
+    several = _ranks()[1] > 1 and torch.cuda.is_available()
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if several else None
 
 
 def _answer(name: str, model: SamplerConfig, config: EvalConfig) -> list[Row]:
@@ -140,12 +170,16 @@ def _answer(name: str, model: SamplerConfig, config: EvalConfig) -> list[Row]:
         judged, unknown = judge_rows(responses)
         return [{"model": name, "style": style, **row} for row in judged], unknown
 
-    answers = []
+    answers, (rank, ranks) = [], _ranks()
     for style in config.prompts:
         folder = Path(config.output) / "parts" / f"{name}-{style}"
         chunks = chunks_of_rows(Path(config.questions), Question, config.shard_size)
         step = partial(answer, style=style)
-        run_step(lambda step=step: step, chunks, EngineConfig(output=str(folder)), title=f"{name}, {style}")
+        mine, engine = chunks[rank::ranks], EngineConfig(output=str(folder))
+        run_step(lambda step=step: step, mine, engine, title=f"{name}, {style}")
+        if rank:
+            continue
+        _wait_for(folder / chunk.name for chunk in chunks)
         answers += [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
     return answers
 

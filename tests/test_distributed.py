@@ -282,7 +282,16 @@ def verbs_done(task: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
     (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
     alone_sft = {"output_dir": folder / "sft_alone", "per_device_train_batch_size": 4}
     run_verb("sft", ["--config", str(folder / "sft.yaml"), *words(alone_sft)])
-    verbs = [train, train, ["sft", "--config", "sft.yaml", *words(zero("zero3"))], ["reference", *words(pairs)]]
+    asked = {"models": task / "model", "questions": task / "questions.jsonl", "image_root": task, "shard_size": 2}
+    asked |= {"max_new_tokens": 4, "device": "cpu"}
+    run_verb("eval", words({**asked, "output": folder / "eval_alone"}))
+    verbs = [
+        ["eval", *words({**asked, "output": folder / "eval"})],
+        train,
+        train,
+        ["sft", "--config", "sft.yaml", *words(zero("zero3"))],
+        ["reference", *words(pairs)],
+    ]
     run_verbs(folder, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], verbs)
     return folder
 
@@ -317,3 +326,10 @@ def test_fully_sharded_runs_have_the_losses_of_one_process_also_after_a_stop(
     run_verbs(tmp_path, accelerate, [whole, stopped, whole])
     for name in ("whole", "stopped"):
         check_same(tmp_path / name / "out", alone)
+
+
+def test_ranks_share_an_evaluation_and_find_what_one_process_does(verbs_done: Path) -> None:
+    for name in ("answers.jsonl", "evaluation.json"):
+        assert (verbs_done / "eval" / name).read_text() == (verbs_done / "eval_alone" / name).read_text()
+    (parts, _) = sorted((verbs_done / "eval" / "parts").iterdir())
+    assert len(list(parts.glob("*.jsonl"))) == 6
