@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from harness import parser, ratio_of, show
 from rich.table import Table
 
 from data_builders.judge import JudgeConfig
@@ -187,7 +187,9 @@ def run(sizes: Sequence[int], *, rounds: int) -> dict[str, Any]:
             _write_rows(source, size)
             tasks = {task: measure(task, source) for task in TASKS}
             growth.append({"rows": size, "bytes": source.stat().st_size, "tasks": tasks})
-    ratios = [_ratio(verb, found[f"{verb}, peer"], found[verb]) for verb in ("judge", "pair")]
+    ratios = [
+        ratio_of(f"{verb}, peer / ours", _quotients(found[f"{verb}, peer"], found[verb])) for verb in ("judge", "pair")
+    ]
     return {"machine": machine, "rounds": rounds, "growth": growth, "ratios": ratios}
 
 
@@ -241,10 +243,8 @@ def _medians(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
     return {task: {name: statistics.median(t[name] for t in turns) for name in names} for task, turns in found.items()}
 
 
-def _ratio(verb: str, peer: Sequence[dict[str, float]], ours: Sequence[dict[str, float]]) -> dict[str, Any]:
-    values = [above["seconds"] / below["seconds"] for above, below in zip(peer, ours, strict=True)]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"what": f"{verb}, peer / ours", "median": statistics.median(values), "low": low, "high": high}
+def _quotients(above: Sequence[dict[str, float]], below: Sequence[dict[str, float]]) -> list[float]:
+    return [a["seconds"] / b["seconds"] for a, b in zip(above, below, strict=True)]
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -271,25 +271,17 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes the figures where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"fewer rounds, and up to {SIZES[1]:,} rows only")
-    parser.add_argument("--rounds", type=int, help=f"turns of each task (default {ROUNDS}, quick {QUICK_ROUNDS})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
-    parser.add_argument("--task", nargs=3, metavar=("TASK", "ROWS", "OUTPUT"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    quick = f"fewer rounds, and up to {SIZES[1]:,} rows only"
+    arguments_of = parser(__doc__, quick, ROUNDS, QUICK_ROUNDS)
+    arguments_of.add_argument("--task", nargs=3, metavar=("TASK", "ROWS", "OUTPUT"), help=argparse.SUPPRESS)
+    options = arguments_of.parse_args(arguments)
     if options.task:
         task, source, output = options.task
         _run_task(task, Path(source), Path(output))
         return
     sizes = SIZES[:2] if options.quick else SIZES
     results = run(sizes, rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS))
-    console = Console()
-    console.width = max(120, console.width)  # or the tables are cut where the output is no terminal
-    console.print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    for table in tables(results):
-        console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, tables(results), options.json)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ tokens; where lengths vary, one token in 32 ends a response. fp32 on a CPU, bf16
 rounds, of the times of one round, with their quartiles.
 """
 
-import argparse
-import json
 import platform
 import statistics
 import sys
@@ -26,11 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from harness import be_quiet, keep_freed_memory, parser, ratio_of, show, take_turns
 from models import LARGE, PATCH, PICTURE, TOY, Sizes, build
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
-from step import _be_quiet, _keep_freed_memory, _ratio, _take_turns
 
 from data_builders.hf_sampler import HFSampler
 from data_builders.samplers import Request, SamplingSettings
@@ -134,7 +131,8 @@ def measure(workload: Workload, sampler: HFSampler, sizes: Sizes, *, rounds: int
     }
     for task in tasks.values():  # warms up, and finds out whether the model can share
         task()
-    times = _take_turns(tasks, rounds)
+    times = take_turns(tasks, rounds)
+    quotients = [a / b for a, b in zip(times["generate"], times["shared"], strict=True)]
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     num_responses = workload.num * workload.questions
     return {
@@ -143,7 +141,7 @@ def measure(workload: Workload, sampler: HFSampler, sizes: Sizes, *, rounds: int
         "rounds": rounds,
         "seconds": medians,
         "responses_per_second": {name: num_responses / seconds for name, seconds in medians.items()},
-        "ratio": _ratio("generate / shared", [a / b for a, b in zip(times["generate"], times["shared"], strict=True)]),
+        "ratio": ratio_of("generate / shared", quotients),
     }
 
 
@@ -214,28 +212,21 @@ def table(results: dict[str, Any]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes the figures where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes on two cores")
-    parser.add_argument("--rounds", type=int, help=f"turns of each method (default {ROUNDS}, quick {QUICK_ROUNDS})")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
-    options = parser.parse_args(arguments)
+    quick = "fewer rounds: under two minutes on two cores"
+    arguments_of = parser(__doc__, quick, ROUNDS, QUICK_ROUNDS)
+    arguments_of.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
+    options = arguments_of.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    _be_quiet()
+    be_quiet()
+    keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
-    _keep_freed_memory()
     if torch.cuda.is_available():
         shapes, sizes = workloads(1536, 256, 5, sequences=2 * SEQUENCES), LARGE
     else:
         shapes, sizes = workloads(512, 64, 1, sequences=SEQUENCES), TOY
     results = run(shapes, sizes, rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS))
-    console = Console()
-    console.width = max(120, console.width)  # or the table is cut where the output is no terminal
-    console.print(", ".join(f"{name} {value}" for name, value in results["machine"].items() if name != "model"))
-    console.print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, [table(results)], options.json)
 
 
 if __name__ == "__main__":

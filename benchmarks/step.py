@@ -16,15 +16,13 @@ A step is what transformers' loop does between taking batches and the optimizer:
 for each micro-batch with the reference's forward in it, and `on_step_end`. Clipping and the optimizer are left out, as
 they are the same for all, and so is collation, which workers hide; it is timed on its own. fp32 on a CPU, bf16 on
 CUDA. Ratios are medians over rounds, of the times of one round, with their quartiles. On a CPU with glibc, freed
-memory is kept, as CUDA's allocator does (`_keep_freed_memory`).
+memory is kept, as CUDA's allocator does (`keep_freed_memory`).
 
 Peak memory is what lies in tensors: weights of policy and reference, and the most that two micro-batches of a step
 have on top, which is `torch.cuda.max_memory_allocated` on CUDA and torch's profiler on a CPU, where the memory of the
 whole process is mostly libraries.
 """
 
-import argparse
-import ctypes
 import gc
 import json
 import os
@@ -32,30 +30,24 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr otherwise
 
-import datasets
 import torch
 import transformers
 import trl
+from harness import Task, be_quiet, keep_freed_memory, parser, ratio_of, show, take_turns
 from models import HEAD_TILE, LARGE, TOY, Method, Sizes, Workload, workloads
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 FLOOR_TARGET, MEMORY_TARGET = 1.15, 0.85  # at most: step / floor, and memory of a pair / TRL's
 ROUNDS, QUICK_ROUNDS = 9, 5
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-Task = Callable[[], object]
 
 
 def run(shapes: Sequence[Workload], sizes: Sizes, *, rounds: int) -> dict[str, Any]:
@@ -102,8 +94,8 @@ def measure(workload: Workload, sizes: Sizes, *, rounds: int) -> dict[str, Any]:
         references = {f"{name}'s reference": methods[name].reference_pass for name in ("trl", best)}
         peaks = {name: _memory_of(method) for name, method in methods.items()}  # warms them up, too
         tasks["floor"]()
-        times = _take_turns(tasks | references, rounds)
-        collation = _take_turns({name: method.collate for name, method in methods.items()}, 2)
+        times = take_turns(tasks | references, rounds)
+        collation = take_turns({name: method.collate for name, method in methods.items()}, 2)
     return {
         "workload": workload.name,
         "shape": f"{workload.prompt:,} + {workload.response:,}",
@@ -134,26 +126,6 @@ def _methods(workload: Workload, sizes: Sizes, folder: Path) -> dict[str, Method
     if torch.cuda.is_available() and workload.pictures:
         pairs["flex"] = last
     return {name: Method(name, workload, sizes, size, folder) for name, size in pairs.items()}
-
-
-def _take_turns(tasks: dict[str, Task], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each task in each round; every round begins with another task."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    order = list(tasks)
-    for number in range(rounds):
-        first = number % len(order)
-        for name in order[first:] + order[:first]:
-            _synchronize()
-            start = time.perf_counter()
-            tasks[name]()
-            _synchronize()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _memory_of(method: Method) -> int:
@@ -187,13 +159,13 @@ def _ratios(workload: Workload, best: str, times: dict[str, list[float]], peaks:
     """What has a target, and what one may want to know besides."""
 
     def of_times(what: str, above: str, below: str, **target: float) -> dict[str, Any]:
-        return _ratio(what, [a / b for a, b in zip(times[above], times[below], strict=True)], **target)
+        return ratio_of(what, [a / b for a, b in zip(times[above], times[below], strict=True)], **target)
 
     memory_target = {"at_most": MEMORY_TARGET} if workload.name == "pair" else {}
     found = [
         of_times(f"trl / {best}", "trl", best, at_least=workload.target),
         of_times(f"{best} / floor", best, "floor", at_most=FLOOR_TARGET),
-        _ratio(f"peak memory, {best} / trl", [peaks[best] / peaks["trl"]], **memory_target),
+        ratio_of(f"peak memory, {best} / trl", [peaks[best] / peaks["trl"]], **memory_target),
         of_times(f"{best} / cached", best, "cached"),
         of_times(f"reference pass, trl / {best}", "trl's reference", f"{best}'s reference"),
     ]
@@ -202,24 +174,6 @@ def _ratios(workload: Workload, best: str, times: dict[str, list[float]], peaks:
     if "flex" in times:
         found.append(of_times("SDPA / FlexAttention", best, "flex"))
     return found
-
-
-def _ratio(
-    what: str, values: Sequence[float], *, at_least: float | None = None, at_most: float | None = None
-) -> dict[str, Any]:
-    """Median and quartiles; `met` is None where there is no target."""
-    median = statistics.median(values)
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [median] * 3
-    met = median >= at_least if at_least is not None else median <= at_most if at_most is not None else None
-    return {
-        "what": what,
-        "median": median,
-        "low": low,
-        "high": high,
-        "at_least": at_least,
-        "at_most": at_most,
-        "met": met,
-    }
 
 
 def measure_heads(sizes: Sizes, num_tokens: int, *, rounds: int) -> dict[str, Any]:
@@ -249,11 +203,11 @@ def measure_heads(sizes: Sizes, num_tokens: int, *, rounds: int) -> dict[str, An
         nll.sum().backward()
 
     tasks = {"trl": score_with_trls, "liger": score_with_ligers}
-    _take_turns(tasks, 2)  # compiles the kernels
-    times = _take_turns(tasks, rounds)
+    take_turns(tasks, 2)  # compiles the kernels
+    times = take_turns(tasks, rounds)
     values = [a / b for a, b in zip(times["trl"], times["liger"], strict=True)]
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return {**medians, "ratio": _ratio(f"TRL's / Liger's, {num_tokens:,} tokens", values)}
+    return {**medians, "ratio": ratio_of(f"TRL's / Liger's, {num_tokens:,} tokens", values)}
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -304,49 +258,22 @@ def _add_ratios(table: Table, name: str, ratios: Sequence[dict[str, Any]]) -> No
     table.add_section()
 
 
-def _keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, as CUDA's allocator does.
-
-    It maps blocks above 32 MB anew each time and pays for every page of them, a third of a step at these sizes: a
-    method whose largest block is just below would win by that alone.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _be_quiet() -> None:
-    """No progress bars, and no advice of libraries to those who wrote other libraries."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed warns
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    datasets.disable_progress_bars()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes the figures where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under five minutes on two cores")
-    parser.add_argument("--rounds", type=int, help=f"turns of each method (default {ROUNDS}, quick {QUICK_ROUNDS})")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
-    options = parser.parse_args(arguments)
+    quick = "fewer rounds: under five minutes on two cores"
+    arguments_of = parser(__doc__, quick, ROUNDS, QUICK_ROUNDS)
+    arguments_of.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
+    options = arguments_of.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    _be_quiet()
-    _keep_freed_memory()
+    be_quiet()
+    keep_freed_memory()
     if torch.cuda.is_available():
         shapes, sizes = [*workloads(1500, 350, 5), workloads(3328, 400, 12)[0]], LARGE
     else:
         shapes, sizes = workloads(512, 128, 1), TOY
     results = run(shapes, sizes, rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS))
-    console = Console()
-    console.width = max(120, console.width)  # or the tables are cut where the output is no terminal
-    console.print(", ".join(f"{name} {value}" for name, value in results["machine"].items() if name != "model"))
-    for table in tables(results):
-        console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, tables(results), options.json)
 
 
 if __name__ == "__main__":

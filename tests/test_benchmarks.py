@@ -20,7 +20,7 @@ def step() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield import_module("step")
-        for name in ("step", "models"):
+        for name in ("step", "models", "harness"):
             del sys.modules[name]
 
 
@@ -29,9 +29,9 @@ def sampling() -> Any:
     """Likewise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        before = sys.modules.keys() & {"step", "models"}
+        before = sys.modules.keys() & {"step", "models", "harness"}
         yield import_module("sampling")
-        for name in {"sampling", "step", "models"} - before:
+        for name in {"sampling", "models", "harness"} - before:
             del sys.modules[name]
 
 
@@ -103,10 +103,10 @@ def test_every_target_is_in_the_table_with_what_was_measured(step: ModuleType, r
 
 
 def test_a_ratio_has_a_median_quartiles_and_a_verdict(step: ModuleType) -> None:
-    ratio = step._ratio("a / b", [1.0, 2.0, 3.0, 4.0, 5.0], at_least=3.5)
+    ratio = step.ratio_of("a / b", [1.0, 2.0, 3.0, 4.0, 5.0], at_least=3.5)
     assert (ratio["low"], ratio["median"], ratio["high"], ratio["met"]) == (2.0, 3.0, 4.0, False)
-    assert step._ratio("a / b", [3.0], at_most=3.0)["met"] is True
-    assert step._ratio("a / b", [3.0])["met"] is None
+    assert step.ratio_of("a / b", [3.0], at_most=3.0)["met"] is True
+    assert step.ratio_of("a / b", [3.0])["met"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts a CPU's memory")

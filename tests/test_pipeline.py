@@ -22,7 +22,7 @@ def pipeline() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield import_module("pipeline")
-        del sys.modules["pipeline"]
+        del sys.modules["pipeline"], sys.modules["harness"]
 
 
 def test_the_rows_are_verdicts_of_every_kind_and_of_realistic_length(pipeline: ModuleType) -> None:
@@ -62,7 +62,7 @@ def test_every_task_is_measured_at_every_size(pipeline: ModuleType) -> None:
 
 def test_a_ratio_above_one_says_that_the_peer_is_slower(pipeline: ModuleType) -> None:
     peer, ours = ([{"seconds": value} for value in values] for values in ([4.0, 6.0, 8.0], [2.0, 2.0, 2.0]))
-    ratio = pipeline._ratio("pair", peer, ours)
+    ratio = pipeline.ratio_of("pair", pipeline._quotients(peer, ours))
     assert (ratio["low"], ratio["median"], ratio["high"]) == (2.5, 3.0, 3.5)
 
 
