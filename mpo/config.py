@@ -53,6 +53,7 @@ class TrainerConfig:
 
 def _start_deepspeed_on_cpu() -> None:
     """Lets DeepSpeed know of the ranks, which accelerate does on a GPU only: ZeRO-3 loads a model by their number."""
+    os.environ.pop("LOCAL_SIZE", None)  # or it takes 64 MB of shared memory and never gives it back
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")

@@ -120,9 +120,8 @@ class Tiling:
     tokens_per_view: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("rule", ("mm1_5", "internvl")), ("indicator", ("none", "index", "seps"))):
-            if getattr(self, name) not in known:
-                raise InputError(f"tiling: `{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        _check_known("rule", self.rule, ("mm1_5", "internvl"))
+        _check_known("indicator", self.indicator, ("none", "index", "seps"))
         _check_counts(self.n_min, self.n_max)
 
     def plans(self, sizes: list[Size]) -> list[TilingPlan]:
@@ -167,7 +166,7 @@ def plan_mm1_5(
 
     >>> plan = plan_mm1_5(1344, 1000, n_min=4, n_max=9)
     >>> (plan.rows, plan.columns), plan.resized, plan.padding, plan.tokens
-    ((2, 2), (1344, 1000), (0, 172, 0, 172), 720)
+    ((2, 3), (1806, 1344), (105, 0, 105, 0), 1008)
     """
     _check_sizes(width=width, height=height, side=side, tokens_per_view=tokens_per_view)
     _check_counts(n_min, n_max)
@@ -331,6 +330,9 @@ class Frame:
     view: int | None = None
     units: Units = "pixels"
 
+    def __post_init__(self) -> None:
+        _check_known("units", self.units, ("pixels", *_STEPS))
+
 
 def convert_box(box: Box, plan: TilingPlan, source: Frame, target: Frame) -> Box:
     """A box in another frame, not rounded.
@@ -342,7 +344,7 @@ def convert_box(box: Box, plan: TilingPlan, source: Frame, target: Frame) -> Box
         target: What it shall refer to. A box that is not in that tile keeps its place, outside of it.
 
     Raises:
-        InputError: The plan has no such view, units are unknown, or shares of the original picture exceed their scale.
+        InputError: The plan has no such view, or shares of the original picture exceed their scale.
 
     >>> convert_box((700, 10, 800, 20), plan_mm1_5(1344, 1344, n_min=4, n_max=4), Frame(), Frame(view=1))
     (28.0, 10.0, 128.0, 20.0)
@@ -350,8 +352,8 @@ def convert_box(box: Box, plan: TilingPlan, source: Frame, target: Frame) -> Box
     start, end = _axes(plan, source.view) * 2, _axes(plan, target.view) * 2
     if source.view is None and max(box) > _STEPS.get(source.units, float("inf")):
         raise InputError(
-            f"the box {box} exceeds the scale {source.units} of its picture of {plan.width} x {plan.height}: it is most "
-            "likely in other units. Give the source's `units`."
+            f"the box {box} exceeds the scale {source.units} of its picture of {plan.width} x {plan.height}: it is "
+            "most likely in other units. Give the source's `units`."
         )
     return tuple(
         after.share(after.from_original(before.to_original(before.pixels(x, source.units))), target.units)
@@ -474,24 +476,26 @@ def _with_views(messages: Any, parts: list[list[Row]], where: str) -> list[Row]:
     """The messages with the parts of each picture's views where its place was."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(
-            f"{where}: a row to tile needs a `prompt` or `messages`, a string or a list of messages, got {messages!r:.80}."
+            f"{where}: a row to tile needs a `prompt` (a string or a list of messages) or a list of `messages`, got "
+            f"{messages!r:.80}."
         )
-    if not any(_is_place(part) for message in messages for part in _content(message)):
+    if not _num_places(messages):
         messages = _with_places_first(messages, len(parts))
-    num_places = sum(_is_place(part) for message in messages for part in _content(message))
+    num_places = _num_places(messages)
     if num_places != len(parts):
         raise InputError(
             f'{where}: the prompt has {num_places} places for images ({{"type": "image"}}), and the row has '
             f"{len(parts)}. Make them as many, or leave the places out of all messages: the images then come first."
         )
     views = iter(parts)
-    return [
-        {
-            **message,
-            "content": [new for part in _content(message) for new in (next(views) if _is_place(part) else [part])],
-        }
-        for message in messages
-    ]
+
+    def replaced(message: Row) -> Row:
+        if message.get("content") is None:  # a call of a tool
+            return message
+        lists = [next(views) if _is_place(part) else [part] for part in _content(message)]
+        return {**message, "content": [part for parts in lists for part in parts]}
+
+    return [replaced(message) for message in messages]
 
 
 def _with_places_first(messages: list[Row], count: int) -> list[Row]:
@@ -503,6 +507,10 @@ def _with_places_first(messages: list[Row], count: int) -> list[Row]:
     return messages
 
 
+def _num_places(messages: list[Row]) -> int:
+    return sum(_is_place(part) for message in messages for part in _content(message))
+
+
 def _content(message: Row) -> list[Any]:
     content = message.get("content")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
@@ -510,6 +518,11 @@ def _content(message: Row) -> list[Any]:
 
 def _is_place(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "image"
+
+
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"tiling: `{name}` must be one of {', '.join(known)}, got {value!r}.")
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -523,6 +536,6 @@ def _check_sizes(**sizes: int) -> None:
 def _check_counts(n_min: int, n_max: int) -> None:
     if n_min < 1 or n_max < n_min:
         raise InputError(
-            f"tiling: a picture must have at least {n_min} and at most {n_max} tiles, which no grid can have. Set the "
-            "minimum to 1 or more, and the maximum to no less than the minimum."
+            f"tiling: the fewest tiles of a picture are {n_min} and the most are {n_max}: the fewest must be at least "
+            "1, and the most no fewer. Are the two swapped?"
         )
