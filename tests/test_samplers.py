@@ -51,6 +51,8 @@ from data_builders.samplers import Completion, Request, SamplingSettings, word_e
 from data_builders.server_sampler import ServerSampler
 from data_builders.servers import server_address
 from data_builders.shards import read_stage, write_rows
+from mpo.evaluate import EvalConfig
+from mpo.evaluate import run as run_eval
 
 DRAWN = SamplingSettings(max_new_tokens=8)
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=8)
@@ -979,6 +981,20 @@ def test_questions_become_pairs_through_a_real_server(served: tuple[str, str], t
     for pair in pairs:
         assert pair["rejected"][:kept] == pair["chosen"][:kept]
         assert pair["rejected"] != pair["chosen"]
+
+
+def test_an_evaluation_through_a_real_server_finds_what_one_in_process_does(
+    served: tuple[str, str], task: Path, tmp_path: Path
+) -> None:
+    model, address = served
+    shared = {"models": [f"Model={model}"], "questions": str(task / "questions.jsonl"), "image_root": str(task)}
+    shared |= {"prompts": ["direct"], "max_new_tokens": 6}
+    run_eval(EvalConfig(**shared, server=[address], output=str(tmp_path / "served")))
+    run_eval(EvalConfig(**shared, device="cpu", output=str(tmp_path / "here")))
+    served_rows, rows = (list(read_stage(tmp_path / name / "answers.jsonl")) for name in ("served", "here"))
+    assert [row["response"] for row in served_rows] == [row["response"] for row in rows]
+    evaluations = [(tmp_path / name / "evaluation.json").read_text() for name in ("served", "here")]
+    assert evaluations[0] == evaluations[1]
 
 
 def test_a_killed_server_stops_the_verb_and_the_same_command_goes_on(task: Path, tmp_path: Path) -> None:
