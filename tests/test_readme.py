@@ -44,7 +44,7 @@ def workplace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_commands_lead_from_questions_to_a_report(workplace: Path) -> None:
     verbs = [command[0] for command in COMMANDS]
     chain = ["sample", "judge", "pair", "dropout-ntp", "train", "eval", "report"]
-    assert verbs == [*chain, *["convert"] * 5, "reference"]
+    assert verbs == [*chain, "mix", *["convert"] * 5, "reference"]
     for verb, *settings in COMMANDS:
         run_verb(verb, [*settings, *SHORTER.get(verb, [])])
     assert (workplace / "my-mpo-model").is_dir()
