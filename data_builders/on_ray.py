@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +35,37 @@ def make_on_ray(
     Raises:
         InputError: Ray is not installed, there is no such cluster, or a step refused its rows.
     """
-    ray = _connect(address, workers)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.enable_operator_progress_bars = False
-    indices = ray.data.from_items([{"chunk": i} for i in range(len(chunks))], override_num_blocks=len(chunks))
-    made = indices.map(
-        _Worker,
-        fn_constructor_args=(make_shard, make_step, list(chunks), output.absolute()),
-        concurrency=(1, min(workers, len(chunks))),
-        num_gpus=gpus_per_worker or None,
-    )
-    for row in made.iter_rows():
-        if row["error"]:
-            raise InputError(row["error"])
-        yield row["size"]
+    with _connected(address, workers) as ray:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.enable_operator_progress_bars = False
+        indices = ray.data.from_items([{"chunk": i} for i in range(len(chunks))], override_num_blocks=len(chunks))
+        made = indices.map(
+            _Worker,
+            fn_constructor_args=(make_shard, make_step, list(chunks), output.absolute()),
+            concurrency=(1, min(workers, len(chunks))),
+            num_gpus=gpus_per_worker or None,
+        )
+        for row in made.iter_rows():
+            if row["error"]:
+                raise InputError(row["error"])
+            yield row["size"]
 
 
-def _connect(address: str, workers: int) -> Any:
+@contextmanager
+def _connected(address: str, workers: int) -> Iterator[Any]:
+    """Ray on the cluster of that address, or on the one that this process is connected to already and stays with."""
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise InputError("`ray` needs Ray, which is not installed: pip install 'mpo[ray]'.") from error
     if ray.is_initialized():
-        return ray
+        yield ray
+        return
     quiet = {"log_to_driver": False, "configure_logging": False}
     try:
         if address == "local":
-            ray.init(num_cpus=workers, include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=workers, include_dashboard=False, **quiet)
         else:
             _check_reachable(address)
             ray.init(address, **quiet)
@@ -69,7 +73,10 @@ def _connect(address: str, workers: int) -> Any:
         raise InputError(
             f"there is no Ray cluster at {address!r} ({error!s:.200}). `ray start --head` starts one."
         ) from error
-    return ray
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:

@@ -267,7 +267,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(tmp_path: Path) -> Non
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_a_cluster_that_is_not_there_is_said(questions: Path, tmp_path: Path, address: str) -> None:
     config = EngineConfig(output=str(tmp_path / "ray"), ray=address)
     with pytest.raises(InputError, match=f"no Ray cluster at '{address}'"):
