@@ -251,7 +251,7 @@ def _training_section(folder: Path) -> Row:
         line("rejected", "rewards/rejected", drawing.ORANGE),
         line("shift δ", "reward_shift", drawing.INK, dashed=True),
     ]
-    accuracies = [line("chosen above rejected", "rewards/accuracies", drawing.GREEN)]
+    accuracies = [line("accuracy", "rewards/accuracies", drawing.GREEN)]
     num_steps = max((row["step"] for row in history if isinstance(row.get("step"), int)), default=0)
     return {
         "num_steps": num_steps,
