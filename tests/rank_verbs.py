@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import tiny_models  # noqa: F401 - registers processors that need no torchvision
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -267,6 +270,28 @@ def test_a_tiny_model_takes_two_steps_of_mpo_with_the_settings_of_a_recipe(
     assert set(frozen) == {torch.bfloat16}
     text_type = trainer.model.config.get_text_config().model_type
     assert settings["use_liger"] == bool(plan_patches(trainer.model.config.model_type, text_type, LIGER))
+
+
+def test_tiny_models_take_two_steps_on_two_ranks_under_the_deepspeed_files_of_their_recipes(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    names = [name for name, recipe in RECIPES.items() if recipe.stage is not None]
+    verbs = []
+    for name in names:
+        settings = {"deepspeed": str(ROOT / given(name)["deepspeed"])}
+        verbs.append(["train", *arguments(name, "train", tiny(RECIPES[name].family), tmp_path / name, **settings)])
+    (tmp_path / "verbs.json").write_text(json.dumps(verbs))
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", *ranks, str(ROOT / "tests" / "rank_verbs.py"), str(tmp_path / "verbs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=600, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        history = json.loads((tmp_path / name / "out" / "trainer_state.json").read_text())["log_history"]
+        losses = [entry for entry in history if "loss" in entry]
+        assert [math.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in losses] == [True, True], name
+        assert losses[0]["loss"] - losses[0]["loss/generation"] == pytest.approx(0.831777, abs=0.05)
+        assert (tmp_path / name / "out" / "config.json").is_file()
 
 
 @each_recipe
