@@ -4,7 +4,6 @@ A row is read into one of ours and written from there, so that there are as many
 no field for stays in further columns and comes back; what cannot be said in it is counted and listed.
 """
 
-import errno
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -38,7 +37,7 @@ from data_builders.formats.tags import places_of
 from data_builders.formats.trl import Trl
 from data_builders.inspection import Inspection
 from data_builders.records import InputError, Row, Summary
-from data_builders.shards import claim_folder
+from data_builders.shards import claim_folder, full_disk_explained
 
 FormatName = Literal[
     "jsonl",
@@ -55,7 +54,6 @@ FORMATS: dict[str, type[Format]] = {
     one.name: one
     for one in (OurRows, Mmpr, InternvlSft, InternvlPrompt, Trl, MsSwift, LlamaFactory, Parquet, MammothVl)
 }
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _INSIDE = "pictures between the words"
 _ROUNDS = "conversations with several answers"
 
@@ -138,14 +136,8 @@ def _convert(config: ConvertConfig) -> Summary:
     settings |= {"extras": config.extras, "shard_size": config.shard_size}
     claim_folder(output, settings, source.inputs(Path(config.input)))
     tally = _Tally(target, extras=config.extras)
-    try:
+    with full_disk_explained(output, "Make room, and give the same command again."):
         _write(source, target, config, tally)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise InputError(
-            f"{output} could not be written: {error.strerror}. Make room, and give the same command again."
-        ) from error
     return tally.summary(config, [*source.notes, *target.notes])
 
 

@@ -4,7 +4,6 @@ In this process, in several, or on a Ray cluster: the same files either way. A k
 the same command goes on after the last one and ends with the same files.
 """
 
-import errno
 import multiprocessing
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_builders.records import InputError, Record, Row
-from data_builders.shards import Place, read_placed_rows, read_rows, shard_paths, write_rows
+from data_builders.shards import Place, full_disk_explained, read_placed_rows, read_rows, shard_paths, write_rows
 
 DROPPED = "dropped"  # folder of the rows that a step left out, each with its reason
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # The rows of a chunk to the rows of a shard, and to a row with `id` and `reason` for everything that was left out;
 # depends on nothing but its argument.
@@ -138,9 +135,14 @@ def run_step(make_step: Callable[[], Step], chunks: Iterable[Chunk], config: Eng
     with tqdm(total=num_rows, initial=num_rows - sum(c.size for c in missing), desc=title, unit="row") as bar:
         for size in _made(make_step, missing, output, config) if missing else ():
             bar.update(size)
-    for chunk in work:  # what a killed run left half written
-        for folder in (output, output / DROPPED):
-            for path in folder.glob(f".{chunk.name}.*.tmp"):
+    _sweep(output, {chunk.name for chunk in work})
+
+
+def _sweep(output: Path, names: set[str]) -> None:
+    """Removes what a killed run left half written, in one look at each folder: there may be thousands of shards."""
+    for folder in (output, output / DROPPED):
+        for path in folder.glob(".*.tmp"):
+            if path.name[1:].rsplit(".", 2)[0] in names:  # `.NAME.PROCESS.tmp`
                 path.unlink(missing_ok=True)
 
 
@@ -163,18 +165,11 @@ def make_shard(step: Step, chunk: Chunk, output: Path) -> int:
     Raises:
         InputError: As the step; or the disk is full.
     """
-    try:
+    with full_disk_explained(output / chunk.name, "Make room; the same command then goes on where this one stopped."):
         rows, dropped = step(chunk.rows())
         if dropped:
             write_rows(output / DROPPED / chunk.name, dropped)
         write_rows(output / chunk.name, rows)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise InputError(
-            f"{output / chunk.name} could not be written: {error.strerror}. Make room; the same command then goes on "
-            "where this one stopped."
-        ) from error
     return chunk.size
 
 

@@ -6,29 +6,30 @@ megabytes, and what they find does not depend on the order of the rows or on the
 """
 
 import codecs
-import errno
 import json
 import os
 import shutil
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_builders.records import InputError, Record, Row
-from data_builders.shards import Place, read_placed_rows, shard_paths
+from data_builders.shards import Place, full_disk_explained, read_placed_rows, shard_paths
 
 BUCKET_BYTES = 32 * 2**20  # of rows as JSON; as Python objects, with what is made of them, about ten times as much
 MAX_BUCKETS = 4096  # 128 GiB of rows: about 100 million responses; above that the buckets grow
 BUFFER_BYTES = 32 * 2**20  # of all buckets together, before they are written out
 
 _SIZES = "sizes.json"  # how many rows each bucket holds
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BIN_BITS = 12
+_NEEDS = (
+    "It holds a copy of the input while the work lasts, so it needs as much room. Make room and give the same command "
+    "again."
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def partition(
         temporary = _temporary(folder)
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         try:
-            with _full_disk_explained(folder):
+            with full_disk_explained(folder, _NEEDS):
                 temporary.mkdir(parents=True)
                 _fill(source, temporary, num, model, key, title)
             temporary.rename(folder)
@@ -203,16 +204,3 @@ def _bucket_path(folder: Path, number: int) -> Path:
 
 def _temporary(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.tmp")
-
-
-@contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise InputError(
-            f"{folder} could not be written: {error.strerror}. It holds a copy of the input while the work lasts, so "
-            "it needs as much room. Make room and give the same command again."
-        ) from error

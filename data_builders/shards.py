@@ -5,17 +5,20 @@ name and renamed when it is whole, so a shard that exists is complete and a kill
 """
 
 import codecs
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_builders.records import InputError, Record, Row, check_row
 
 SETTINGS_FILE = "settings.json"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BLANK = b" \t\r\n\f\v" + codecs.BOM_UTF8
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -43,6 +46,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what a killed run left of a file that was not whole."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_explained(path: Path, advice: str) -> Iterator[None]:
+    """Turns the error of a full disk into an `InputError` that names what was not written and ends with advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise InputError(f"{path} could not be written: {error.strerror}. {advice}") from error
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -145,8 +165,7 @@ def claim_folder(folder: Path, settings: Row, inputs: Iterable[Path] = ()) -> No
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output {folder} is a file: give a folder.")
-    for leftover in folder.glob(f".{SETTINGS_FILE}.*.tmp"):  # of a run that was killed here
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(folder / SETTINGS_FILE)
     wanted = json.loads(json.dumps({**settings, "inputs": {str(path): _content_key(path) for path in inputs}}))
     path = folder / SETTINGS_FILE
     if not path.exists():

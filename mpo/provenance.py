@@ -13,15 +13,18 @@ PROVENANCE = "provenance.json"
 _PACKAGES = ("mpo", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "liger-kernel", "datasets")
 
 
+def installed_version(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """The version of Python and of each package that a run's numbers depend on and that is installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: installed for package in _PACKAGES if (installed := installed_version(package))}
+    return {"python": platform.python_version(), **found}
 
 
 def add_start(folder: Path, *, num_ranks: int) -> None:

@@ -124,7 +124,7 @@ FLOORS = {
     "mpo.planning.plan": 9,
     "mpo.shared_prefixes": 7,
     "mpo.trainer": 8,
-    "mpo.provenance": 3,
+    "mpo.provenance": 2,
     "mpo.stages": 3,
     "mpo.measures": 4,
     "mpo.export": 9,

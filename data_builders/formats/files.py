@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 from data_builders.formats.arrays import read_array
 from data_builders.formats.protocol import Context, Found
 from data_builders.records import InputError, Row
-from data_builders.shards import read_placed_rows
+from data_builders.shards import read_placed_rows, remove_leftovers
 
 DATA = "data.jsonl"  # a name that no reader takes for that of a split
 _ABOUT = {"settings.json", "check.json", "dataset_info.json", "meta.json"}  # lie beside rows and hold none
@@ -122,12 +122,6 @@ class WholeFile:
         with self._temporary.open("ab") as file:
             file.write("".join(self._held).encode())
         self._held, self._size = [], 0
-
-
-def remove_leftovers(path: Path) -> None:
-    """Removes what a killed run left of a file that was not whole."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 class NumberedFiles:

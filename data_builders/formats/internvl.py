@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from data_builders.formats.files import WholeFile, json_line
 from data_builders.formats.mmpr import base_of, image_field, images_of
-from data_builders.formats.protocol import AS_READ, Context, Found, Kind, RefusedError, further, placed
-from data_builders.formats.sets import SetWriter, read_sets, set_inputs, set_writer
+from data_builders.formats.protocol import AS_READ, Context, Kind, RefusedError, further, placed
+from data_builders.formats.sets import OfSets, SetWriter, set_writer
 from data_builders.formats.tags import TAG, answer, answer_of, check_untagged, text_of, with_tags, without_tags
 from data_builders.records import Row
 
@@ -26,25 +26,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _FROM = {role: name for name, role in _ROLES.items()}
 
 
-class _OfSets:
-    """What rows that refer to images by `image` and lie in sets have in common."""
-
-    name: ClassVar[str]
-    made_up: ClassVar[frozenset[str]] = frozenset({"id", "source"})
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def inputs(self, source: Path) -> list[Path]:
-        """The meta file, if there is one, and the annotations."""
-        return set_inputs(source)
-
-    def read(self, source: Path, image_root: Path) -> Iterator[Found]:
-        """The rows of all sets."""
-        return read_sets(source, image_root, self.notes)
-
-
-class InternvlSft(_OfSets):
+class InternvlSft(OfSets):
     """Conversations as InternVL is fine-tuned on them."""
 
     name: ClassVar[str] = "internvl_sft"
@@ -112,7 +94,7 @@ class MammothVl(InternvlSft):
             file.write("\n]\n" if writer.begun else "[]\n")
 
 
-class InternvlPrompt(_OfSets):
+class InternvlPrompt(OfSets):
     """Questions to be answered, and responses to be continued without their image."""
 
     name: ClassVar[str] = "internvl_prompt"

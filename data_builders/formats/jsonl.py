@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from data_builders.formats.files import json_paths, placed_fields, remove_leftovers
+from data_builders.formats.files import json_paths, placed_fields
 from data_builders.formats.names import check_names
 from data_builders.formats.protocol import Context, Found, Kind
 from data_builders.records import Row
-from data_builders.shards import write_rows
+from data_builders.shards import remove_leftovers, write_rows
 
 
 class OurRows:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from data_builders.formats.names import names_in_root
 from data_builders.formats.protocol import AS_READ, Context, Found, Kind, RefusedError, further, placed
-from data_builders.formats.sets import SetWriter, read_sets, set_inputs, set_writer
+from data_builders.formats.sets import OfSets, SetWriter, set_writer
 from data_builders.formats.tags import dialogue, pair_fields, with_tags, without_tags
 from data_builders.records import Row
 
@@ -30,7 +30,7 @@ _ENDINGS = {
 }
 
 
-class Mmpr:
+class Mmpr(OfSets):
     """Pairs as InternVL publishes and trains on them."""
 
     name: ClassVar[str] = "mmpr"
@@ -41,18 +41,10 @@ class Mmpr:
     holds: ClassVar[frozenset[str]] = frozenset(
         {"images", "prompt", "chosen", "rejected", "source", "answer", "chosen_meta", "rejected_meta"}
     )
-    made_up: ClassVar[frozenset[str]] = frozenset({"id", "source"})
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def inputs(self, source: Path) -> list[Path]:
-        """The meta file and its annotations."""
-        return set_inputs(source)
 
     def read(self, source: Path, image_root: Path) -> Iterator[Found]:
-        """The rows of all sets."""
-        for found in read_sets(source, image_root, self.notes):
+        """The rows of all sets, with the kind of pairs that a set's name tells."""
+        for found in super().read(source, image_root):
             defaults, hints = found.context.defaults, found.context.hints
             if kind := _kind_of_set(defaults["source"]):
                 defaults = {**defaults, "kind": kind}

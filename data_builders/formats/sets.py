@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
 
 from data_builders.formats.arrays import read_json
 from data_builders.formats.files import WholeFile, first_mark, json_paths, placed_fields
@@ -142,6 +143,24 @@ class SetWriter:
             free = f"{stem}-{number}"
         self._taken.add(free.casefold())
         return free
+
+
+class OfSets:
+    """What rows that refer to images by `image` and lie in sets have in common."""
+
+    name: ClassVar[str]
+    made_up: ClassVar[frozenset[str]] = frozenset({"id", "source"})
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def inputs(self, source: Path) -> list[Path]:
+        """The meta file, if there is one, and the annotations."""
+        return set_inputs(source)
+
+    def read(self, source: Path, image_root: Path) -> Iterator[Found]:
+        """The rows of all sets."""
+        return read_sets(source, image_root, self.notes)
 
 
 @contextmanager

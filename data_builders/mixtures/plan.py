@@ -5,7 +5,6 @@ It is written once, beside the shards, and says the same whoever writes the shar
 are where in that file the row starts. Of the sources only these places are in memory, 16 bytes for each row.
 """
 
-import errno
 import json
 from array import array
 from bisect import bisect_right
@@ -22,12 +21,11 @@ from data_builders.mixtures.counts import mixture_counts
 from data_builders.mixtures.order import mixture_order
 from data_builders.mixtures.spec import Mixture, Source, cell_members
 from data_builders.records import InputError, Row
-from data_builders.shards import Place, read_placed_rows, shard_paths, write_rows, write_text
+from data_builders.shards import Place, full_disk_explained, read_placed_rows, shard_paths, write_rows, write_text
 
 PLAN = "plan"  # folder in the output; for each shard it has one of the same name
 
 _COUNTS = "counts.json"  # in the plan, and the last of it to be written: rows that each source has and gives
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def mixed_sources(mixture: Mixture) -> list[str]:
@@ -116,14 +114,8 @@ class Plan:
         Raises:
             InputError: The disk is full.
         """
-        try:
+        with full_disk_explained(output / PLAN, "Make room and give the same command again."):
             self._write(output / PLAN, shard_size)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise InputError(
-                f"{output / PLAN} could not be written: {error.strerror}. Make room and give the same command again."
-            ) from error
 
     def _write(self, folder: Path, shard_size: int) -> None:
         order, start = mixture_order(self.counts, self.sizes, seed=self.seed), 0

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 
 from packaging.requirements import Requirement
+
+from mpo.provenance import installed_version
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "liger-kernel")
 
@@ -43,14 +45,7 @@ def check_versions(names: Iterable[str] = PACKAGES, requirements: Iterable[str] 
             wanted[requirement.name] = requirement.specifier
     found = []
     for name in names:
-        installed, specifier = _version(name), wanted.get(name)
+        installed, specifier = installed_version(name), wanted.get(name)
         fits = installed is not None and (specifier is None or specifier.contains(installed, prereleases=True))
         found.append(Installed(name, installed, str(specifier or ""), fits))
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
