@@ -91,6 +91,19 @@ def parser(description: str, quick: str, rounds: int, quick_rounds: int) -> argp
     return found
 
 
+def begin(options_of: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the options of a benchmark that runs models, `--threads` too, and readies the process."""
+    import torch
+
+    options_of.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
+    options = options_of.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    be_quiet()
+    keep_freed_memory()
+    return options
+
+
 def show(results: dict[str, Any], tables: Iterable[Table], path: Path | None) -> None:
     """Prints machine and tables, and writes the figures where asked."""
     console = Console()

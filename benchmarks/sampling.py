@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from harness import be_quiet, keep_freed_memory, parser, ratio_of, show, take_turns
+from harness import begin, parser, ratio_of, show, take_turns
 from models import LARGE, PATCH, PICTURE, TOY, Sizes, build
 from PIL import Image
 from rich.table import Table
@@ -213,13 +213,7 @@ def table(results: dict[str, Any]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes the figures where asked."""
     quick = "fewer rounds: under two minutes on two cores"
-    arguments_of = parser(__doc__, quick, ROUNDS, QUICK_ROUNDS)
-    arguments_of.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
-    options = arguments_of.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    be_quiet()
-    keep_freed_memory()
+    options = begin(parser(__doc__, quick, ROUNDS, QUICK_ROUNDS), arguments)
     transformers.utils.logging.disable_progress_bar()
     if torch.cuda.is_available():
         shapes, sizes = workloads(1536, 256, 5, sequences=2 * SEQUENCES), LARGE

@@ -40,7 +40,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces it
 import torch
 import transformers
 import trl
-from harness import Task, be_quiet, keep_freed_memory, parser, ratio_of, show, take_turns
+from harness import Task, begin, parser, ratio_of, show, take_turns
 from models import HEAD_TILE, LARGE, TOY, Method, Sizes, Workload, workloads
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -261,13 +261,7 @@ def _add_ratios(table: Table, name: str, ratios: Sequence[dict[str, Any]]) -> No
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes the figures where asked."""
     quick = "fewer rounds: under five minutes on two cores"
-    arguments_of = parser(__doc__, quick, ROUNDS, QUICK_ROUNDS)
-    arguments_of.add_argument("--threads", type=int, help="torch's threads (default: what torch uses)")
-    options = arguments_of.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    be_quiet()
-    keep_freed_memory()
+    options = begin(parser(__doc__, quick, ROUNDS, QUICK_ROUNDS), arguments)
     if torch.cuda.is_available():
         shapes, sizes = [*workloads(1500, 350, 5), workloads(3328, 400, 12)[0]], LARGE
     else:
