@@ -1,6 +1,6 @@
 """The rows that pass between steps, as they stand on disk: one JSON object per line.
 
-    Question -> Response -> Verdict -> Pair
+    Question -> Response -> Verdict -> Pair        Conversation (what SFT learns from)
 
 Each row keeps every key of the row it came from, so a pair can be traced back to the question, the sampler and the
 rule that made it. Models are for checking and for reading about the fields; between steps a row is a plain dict.
@@ -10,7 +10,7 @@ Images are paths relative to an image root, never absolute, never outside it (`d
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Row = dict[str, Any]
 
@@ -51,6 +51,35 @@ class Verdict(Response):
     verdict: Literal["correct", "wrong", "no_answer"]
     prediction: str | None = None
     rule: str
+
+
+class Message(Record):
+    """What one side of a conversation says; typed parts hold texts and places for pictures."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]]
+
+
+class Conversation(Record):
+    """One conversation to learn from, in one of TRL's shapes: `prompt` and `completion`, or `messages` alone.
+
+    `category` is what it is about (`Chart`, `Math`, ...), `rewritten` whether a model wrote it anew.
+    """
+
+    id: str = Field(min_length=1)
+    images: list[str] = []
+    prompt: list[Message] | None = None
+    completion: list[Message] | None = None
+    messages: list[Message] | None = None
+    source: str = ""
+    category: str = ""
+    rewritten: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one_shape(self) -> "Conversation":
+        if not self.messages and not (self.prompt and self.completion):
+            raise ValueError("a conversation has `prompt` and `completion`, or `messages`: lists of messages")
+        return self
 
 
 class Pair(Record):
@@ -101,7 +130,7 @@ def check_row(row: object, model: type[Record], where: str) -> Row:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{where}: `{name}` {_reason(first)}. A {model.__name__.lower()} row has the fields "
+            f"{where}: {f'`{name}` ' if name else ''}{_reason(first)}. A {model.__name__.lower()} row has the fields "
             f"{', '.join(model.model_fields)}; see the README for the file formats."
         ) from error
 
@@ -109,4 +138,6 @@ def check_row(row: object, model: type[Record], where: str) -> Row:
 def _reason(error: Any) -> str:
     if error["type"] == "missing":
         return "is missing"
+    if error["type"] == "value_error":
+        return f"{error['ctx']['error']}"
     return f"is {error['input']!r:.80}: {error['msg'][:1].lower()}{error['msg'][1:]}"

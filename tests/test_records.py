@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data_builders.records import InputError, Pair, Question, Response, Row, Verdict, check_row
+from data_builders.records import Conversation, InputError, Pair, Question, Response, Row, Verdict, check_row
 
 QUESTION = {"id": "q-1", "images": ["a.png"], "question": "How many?", "answer": "3", "source": "count"}
 RESPONSE = {**QUESTION, "prompt": "How many? Think.", "response": "3", "finish_reason": "stop", "sampler": {"seed": 0}}
@@ -82,3 +82,16 @@ def test_a_long_value_is_shown_in_part(row: Any) -> None:
     with pytest.raises(InputError) as error:
         check_row(row, Question, "here")
     assert len(str(error.value)) < 400
+
+
+def test_a_conversation_needs_one_of_its_two_shapes() -> None:
+    asked, answered = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    for shape in ({"prompt": [asked], "completion": [answered]}, {"messages": [asked, answered]}):
+        row = {"id": "a", "kept": 1, **shape}
+        assert check_row(row, Conversation, "line 1") == row
+    with pytest.raises(
+        InputError, match=r"line 1: a conversation has `prompt` and `completion`, or `messages`"
+    ):
+        check_row({"id": "a", "prompt": [asked]}, Conversation, "line 1")
+    with pytest.raises(InputError, match=r"`messages.0.role` is 'bot'"):
+        check_row({"id": "a", "messages": [{"role": "bot", "content": "x"}]}, Conversation, "line 1")
