@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
+from transformers import TrainingArguments
 from trl import DPOConfig
 from trl.data_utils import is_conversational
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
@@ -98,17 +99,18 @@ def picture_collator(processor: Any, args: DPOConfig, dataset: Any) -> Preferenc
         processor=processor,
         max_length=args.max_length,
         pad_to_multiple_of=args.pad_to_multiple_of,
-        stand_in=_first_picture(dataset) if _shards_the_model(args) else None,
+        stand_in=stand_in(args, dataset),
     )
 
 
-def _shards_the_model(args: DPOConfig) -> bool:
-    """Whether several ranks share one model, and so have to run the same modules."""
+def stand_in(args: TrainingArguments, dataset: Any) -> Any:
+    """A picture for batches without any, where several ranks share one model and so have to run the same modules.
+
+    Returns:
+        The first picture of the data set; None without any, and where every rank has the whole model.
+    """
     fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    return args.world_size > 1 and bool(args.deepspeed_plugin or fsdp)
-
-
-def _first_picture(dataset: Any) -> Any:
-    """The first picture of a data set; None without any."""
+    if args.world_size == 1 or not (args.deepspeed_plugin or fsdp):
+        return None
     pictures = ([row["image"]] if "image" in row else row["images"] for row in dataset)
     return next((found[0] for found in pictures if found and found[0] is not None), None)

@@ -61,7 +61,41 @@ def _start_deepspeed_on_cpu() -> None:
 
 @dataclass
 class SFTConfig(TrainerConfig, TRLSFTConfig):
-    """Settings of `mpo sft`: takes every field of `trl.SFTConfig`."""
+    """Settings of `mpo sft` and `SFTTrainer`; takes every field of `trl.SFTConfig`."""
+
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Learn the assistant's turns only. None: of rows with `messages`, with any chat template."},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the rows of a micro-batch one after the other, without padding, pictures too. Same losses "
+            "and gradients; models that cannot take it say so and pad. Rows are never split."
+        },
+    )
+    max_forest_tokens: int | None = field(
+        default=None,
+        metadata={"help": "With `packing`: tokens of a packed row, at most. None: a micro-batch is one row."},
+    )
+    loss_reduction: Literal["token", "sample", "square"] = field(
+        default="token",
+        metadata={
+            "help": "What a token weighs in an answer of x tokens, over the whole optimizer step: 'token' 1, 'sample' "
+            "1/x, 'square' 1/sqrt(x) (InternVL2.5)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses a reduction that does not exist, and TRL's ways of packing that split rows."""
+        if self.loss_reduction not in ("token", "sample", "square"):
+            raise ValueError(f"`loss_reduction` must be token, sample or square, got {self.loss_reduction!r}.")
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"`packing_strategy={self.packing_strategy!r}` splits rows, and here rows are packed whole: leave it "
+                "at 'bfd'."
+            )
+        super().__post_init__()
 
 
 @dataclass

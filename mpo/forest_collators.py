@@ -8,7 +8,7 @@ longest start of a tree (through its last picture).
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,19 +23,8 @@ from transformers import ProcessorMixin
 from mpo import forest
 from mpo.lengths import rendered
 from mpo.overlong import check_batch
+from mpo.processed import Processed, decoded, joined, process, stored
 from mpo.scores import REF_COLUMNS
-
-_TYPES = ("token_type_ids", "mm_token_type_ids")
-_FOR_TEXT = {"input_ids", "attention_mask", *_TYPES}
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt with its pictures, as the processor makes tokens of it."""
-
-    ids: list[int]
-    types: dict[str, list[int]]  # of `_TYPES`, those that the family has
-    pieces: list[str] | None  # what the processor wrote in place of each picture, if it says so
 
 
 @dataclass
@@ -67,7 +56,7 @@ class TextForestCollator:
         sequences = [forest.Sequence((), *self._cut(sequence.prompt, sequence.response)) for sequence in whole]
         size = {"max_tokens": self.max_forest_tokens, "multiple_of": self.multiple_of}
         laid_out = forest.build_forest(sequences, pad_id=self.pad_token_id, **size)
-        return _batch(laid_out, sequences) | _references(examples)
+        return forest_batch(laid_out, sequences) | _references(examples)
 
     def _cut(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
         if self.max_length is not None and self.truncation_mode == "keep_start":
@@ -122,10 +111,11 @@ class ForestCollator:
             sequences = [s._replace(response=s.response[: self.max_length - len(s.prompt)]) for s in sequences]
         size = {"max_tokens": self.max_forest_tokens, "multiple_of": self.multiple_of}
         laid_out = forest.build_forest(sequences, pad_id=self.processor.tokenizer.pad_token_id, **size)
-        batch = _batch(laid_out, sequences) | _references(examples) | _types(laid_out, sequences, prompts * 2)
+        batch = forest_batch(laid_out, sequences) | _references(examples)
+        batch |= token_types(laid_out, sequences, prompts * 2)
         if any(keys):
-            batch |= _joined([given[sequences[root].images] for root in laid_out.roots if sequences[root].images])
-            batch |= _roots(laid_out, sequences, prompts * 2)
+            batch |= joined([given[sequences[root].images] for root in laid_out.roots if sequences[root].images])
+            batch |= tree_starts(laid_out, sequences, prompts * 2)
         return batch
 
     def _with_stand_in(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,33 +129,22 @@ class ForestCollator:
 
     def _prompts(
         self, texts: Sequence[str], keys: Sequence[tuple[str, ...]], pictures: "_Pictures"
-    ) -> tuple[list[_Prompt], dict[tuple[str, ...], dict[str, Tensor]]]:
+    ) -> tuple[list[Processed], dict[tuple[str, ...], dict[str, Tensor]]]:
         """Each distinct prompt once, and what the processor gives the model of each distinct set of pictures."""
-        known: dict[Any, _Prompt] = {}
-        first: dict[tuple[str, ...], _Prompt] = {}
+        known: dict[Any, Processed] = {}
+        first: dict[tuple[str, ...], Processed] = {}
         given: dict[tuple[str, ...], dict[str, Tensor]] = {}
         for text, key in zip(texts, keys, strict=True):
             if (text, key) in known:
                 continue
             known[text, key] = self._reworded(text, first[key]) if key in first else None
             if known[text, key] is None:
-                known[text, key], given[key] = self._process(text, [pictures.picture(name) for name in key])
+                images = [pictures.picture(name) for name in key]
+                known[text, key], given[key] = process(self.processor, text, images)
                 first[key] = known[text, key]
         return [known[text, key] for text, key in zip(texts, keys, strict=True)], given
 
-    def _process(self, text: str, images: list[Image]) -> tuple[_Prompt, dict[str, Tensor]]:
-        writes = getattr(type(self.processor), "replace_image_token", ProcessorMixin.replace_image_token)
-        says = bool(images) and writes is not ProcessorMixin.replace_image_token
-        options = {"return_text_replacement_offsets": True} if says else {}
-        found = self.processor(
-            images=[images] if images else None, text=[text], add_special_tokens=False, return_tensors="pt", **options
-        )
-        pieces = [piece["replacement"] for piece in found.pop("text_replacement_offsets")[0]] if says else None
-        types = {name: found[name][0].tolist() for name in _TYPES if name in found}
-        given = {name: value for name, value in found.items() if name not in _FOR_TEXT}
-        return _Prompt(found["input_ids"][0].tolist(), types, pieces), given
-
-    def _reworded(self, text: str, like: _Prompt) -> _Prompt | None:
+    def _reworded(self, text: str, like: Processed) -> Processed | None:
         """Another prompt with the same pictures, without processing them again; None where that cannot be done."""
         if like.pieces is None:
             return None
@@ -178,7 +157,7 @@ class ForestCollator:
         for name, values in like.types.items():
             of_token = {token: value for token, value in zip(like.ids, values, strict=True) if value}
             types[name] = [of_token.get(token, 0) for token in ids]
-        return _Prompt(ids, types, like.pieces)
+        return Processed(ids, types, like.pieces)
 
     def _responses(self, texts: Sequence[str]) -> list[list[int]]:
         distinct = list(dict.fromkeys(texts))
@@ -214,10 +193,9 @@ class _Pictures:
         return self._by_key[key]
 
     def _key(self, picture: Any) -> str:
-        stored = isinstance(picture, (dict, str))
-        place = _place(picture) if stored else id(picture)
+        place = _place(picture) if isinstance(picture, (dict, str)) else id(picture)
         if place not in self._by_place:
-            image = self._decoder.decode_example(_stored(picture)) if stored else picture
+            image = decoded(picture, self._decoder)
             content = f"{image.mode} {image.size}".encode() + image.tobytes()
             key = hashlib.blake2b(content, digest_size=16).hexdigest()
             self._by_place[place] = key
@@ -225,13 +203,9 @@ class _Pictures:
         return self._by_place[place]
 
 
-def _stored(picture: Any) -> dict[str, Any]:
-    return {"path": picture, "bytes": None} if isinstance(picture, str) else picture
-
-
 def _place(picture: Any) -> Any:
-    stored = _stored(picture)
-    return stored["path"] if stored.get("bytes") is None else hashlib.blake2b(stored["bytes"]).digest()
+    found = stored(picture)
+    return found["path"] if found.get("bytes") is None else hashlib.blake2b(found["bytes"]).digest()
 
 
 def _check_cut(
@@ -256,7 +230,7 @@ def _check_cut(
     )
 
 
-def _batch(laid_out: forest.Forest, sequences: Sequence[forest.Sequence]) -> dict[str, Tensor]:
+def forest_batch(laid_out: forest.Forest, sequences: Sequence[forest.Sequence]) -> dict[str, Tensor]:
     """What every forest has; `completion_mask` first and with a column in front, as in a batch of plain rows."""
     return {
         "completion_mask": torch.nn.functional.pad(laid_out.mask.long(), (1, 0)),  # (2B, 1 + T)
@@ -275,8 +249,8 @@ def _references(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {name: torch.tensor([row[name] for row in examples], dtype=torch.float32) for name in given}
 
 
-def _types(
-    laid_out: forest.Forest, sequences: Sequence[forest.Sequence], prompts: Sequence[_Prompt]
+def token_types(
+    laid_out: forest.Forest, sequences: Sequence[forest.Sequence], prompts: Sequence[Processed]
 ) -> dict[str, Tensor]:
     """Token types, (R, L): those of prompts, and 0 in responses and padding."""
     batch = {}
@@ -290,8 +264,8 @@ def _types(
     return batch
 
 
-def _roots(
-    laid_out: forest.Forest, sequences: Sequence[forest.Sequence], prompts: Sequence[_Prompt]
+def tree_starts(
+    laid_out: forest.Forest, sequences: Sequence[forest.Sequence], prompts: Sequence[Processed]
 ) -> dict[str, Tensor]:
     """The start of each tree through its last picture, (M, F), for families whose positions depend on pictures."""
     if not any("mm_token_type_ids" in prompt.types for prompt in prompts):
@@ -308,18 +282,3 @@ def _roots(
         name: pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
         for name, rows in columns.items()
     }
-
-
-def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the processor gave for each tree, one after the other; unequal sides are filled up with zeros."""
-    parts = list(parts)
-    return {name: _filled_up([part[name] for part in parts]) for name in parts[0]}
-
-
-def _filled_up(tensors: list[Tensor]) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    filled = []
-    for tensor in tensors:
-        missing = [(0, size - own) for size, own in zip(shape, tensor.shape[1:], strict=True)]
-        filled.append(torch.nn.functional.pad(tensor, [side for pair in reversed(missing) for side in pair]))
-    return torch.cat(filled)

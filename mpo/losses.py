@@ -1,4 +1,4 @@
-"""The three losses of Mixed Preference Optimization, as pure functions of log-probabilities.
+"""The three losses of Mixed Preference Optimization, and the weights of SFT's, as pure functions.
 
 Nothing here reads a model, a config or a process group, and nothing is kept between calls: the reward shift delta is
 an argument, and its moving average lives in `mpo.reward_shift`.
@@ -10,6 +10,7 @@ Source: Wang et al. 2024, "Mixed Preference Optimization", https://arxiv.org/abs
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -81,6 +82,34 @@ def generation_loss(
     if reduction == "token":
         return summed.sum() / mask.sum().clamp(min=1)
     raise ValueError(f'`reduction` must be "sequence" (the paper\'s) or "token" (TRL\'s), got {reduction!r}.')
+
+
+def response_weights(num_tokens: Tensor, reduction: Literal["token", "sample", "square"] = "token") -> Tensor:
+    """What each token of a response weighs in supervised fine-tuning, by the length of the response.
+
+    The loss is the weighted sum of -log p over all tokens of an optimizer step, divided by the sum of their weights.
+
+    Args:
+        num_tokens: Tokens of each response that are learned (x), (B,).
+        reduction: "token" weighs every token 1, so that long responses count most; "sample" 1/x, so that all responses
+            count alike; "square" 1/sqrt(x), which lies between them.
+
+    Returns:
+        One weight per response, (B,); 0 where nothing is learned.
+
+    Raises:
+        ValueError: `reduction` is none of the three.
+
+    Source: Chen et al. 2024, "InternVL2.5", https://arxiv.org/abs/2412.05271, section on loss reweighting.
+
+    >>> import torch
+    >>> (response_weights(torch.tensor([4, 1, 0]), "square") * torch.tensor([4, 1, 0])).tolist()
+    [2.0, 1.0, 0.0]
+    """
+    powers = {"token": 0.0, "sample": -1.0, "square": -0.5}
+    if reduction not in powers:
+        raise ValueError(f"`reduction` must be one of {', '.join(powers)}, got {reduction!r}.")
+    return torch.where(num_tokens > 0, num_tokens.clamp(min=1).float() ** powers[reduction], 0.0)
 
 
 def mpo_loss(
