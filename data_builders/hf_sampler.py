@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from data_builders import decoding, drawing
 from data_builders.images import DECODING_ERRORS, image_path, load_image
 from data_builders.records import InputError
 from data_builders.samplers import Completion, Request, SamplingSettings
+from data_builders.tiling.views import load_tiling, tile_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -95,6 +97,7 @@ class HFSampler:
     The prompt and the pictures of a request are computed once for all its completions, where the model's cache can be
     copied (found out by trying, and said where not). Tokens are drawn with random numbers that depend on the seed and
     the request alone. Of the model's own generation config only its special tokens and `drawing.CONSTRAINTS` count.
+    Pictures are cut as those of its training were, where its folder says so (`tiling.json`).
 
     Args:
         model: A model folder or Hub name.
@@ -124,6 +127,7 @@ class HFSampler:
         self.batch_size = batch_size
         self.processor = load_processor(model, trust_remote_code=trust_remote_code)
         self.tokenizer = self.processor.tokenizer
+        self.tiling = load_tiling(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, trust_remote_code=trust_remote_code, dtype=dtype).to(device).eval()
         if self.model.config.is_encoder_decoder:
@@ -186,9 +190,10 @@ class HFSampler:
     def _num_tokens(self, request: Request) -> int:
         """Of the prompt with its pictures, which most processors can count by their sizes alone."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
-        if request.images and count is None:
+        if request.images and (count is None or self.tiling):
             return self._encode([request])["input_ids"].shape[1]
-        num = len(self.tokenizer(self._text(request), add_special_tokens=False)["input_ids"]) - len(request.images)
+        text = self._text(chat_messages(request.prompt, len(request.images)), request.prefix)
+        num = len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) - len(request.images)
         sizes = [image_size(self.image_root, name) for name in request.images]
         return num + sum(count(image_sizes=sizes)["num_image_tokens"]) if sizes else num
 
@@ -257,9 +262,16 @@ class HFSampler:
                 )
         return self._shares[kind]
 
-    def _text(self, request: Request) -> str:
-        messages = chat_messages(request.prompt, len(request.images))
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True) + request.prefix
+    def _text(self, messages: list[dict[str, Any]], prefix: str) -> str:
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True) + prefix
+
+    def _shown(self, request: Request) -> tuple[list[dict[str, Any]], list[Any]]:
+        """The messages of a request, and the pictures that they have places for."""
+        messages, load = chat_messages(request.prompt, len(request.images)), partial(load_image, self.image_root)
+        if self.tiling is None or not request.images:
+            return messages, [load(name) for name in request.images]
+        row = tile_row({"images": request.images, "prompt": messages}, load, self.tiling)
+        return row["prompt"], row["images"]
 
     def _encode(self, requests: list[Request]) -> Any:
         for request in requests:
@@ -268,10 +280,11 @@ class HFSampler:
                     f"the prompt {request.prompt!r:.80} contains {mark}, which stands for a picture: take it out of "
                     "the question; pictures go before the text and are named in `images` alone."
                 )
-        images = [[load_image(self.image_root, name) for name in r.images] for r in requests]
+        shown = [self._shown(request) for request in requests]
+        images = [images for _, images in shown]
         return self.processor(
             images=images if any(images) else None,
-            text=[self._text(request) for request in requests],
+            text=[self._text(messages, r.prefix) for (messages, _), r in zip(shown, requests, strict=True)],
             padding=True,
             padding_side="left",
             add_special_tokens=False,

@@ -29,7 +29,8 @@ class Verb:
         module: Where its `CONFIGS` and `run` are.
         help: Its line in `mpo --help`.
         runs_others: `run` also takes `run_verb(verb, argv) -> Summary`, to run other verbs in this process.
-        takes_values: `run` takes each config as the dictionary that was read, not built: for another machine's.
+        takes_values: `run` takes each config as the dictionary that was read, not built: for another machine's, or to
+            be varied.
     """
 
     module: str
@@ -40,7 +41,7 @@ class Verb:
 
 VERBS = {
     "quickstart": Verb("mpo.quickstart", "The whole method on real handwritten digits, on a CPU.", runs_others=True),
-    "sft": Verb("mpo.sft", "Fine-tune a vision-language model on conversations."),
+    "sft": Verb("mpo.sft", "Fine-tune a vision-language model on conversations.", runs_others=True, takes_values=True),
     "sample": Verb("data_builders.sample", "Let a model answer every question several times."),
     "judge": Verb("data_builders.judge", "Compare the final answer of every response with the true one."),
     "pair": Verb("data_builders.pair", "Pair right responses with wrong ones of the same question."),

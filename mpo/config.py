@@ -65,7 +65,10 @@ class SFTConfig(TrainerConfig, TRLSFTConfig):
 
     assistant_only_loss: bool | None = field(
         default=None,
-        metadata={"help": "Learn the assistant's turns only. None: of rows with `messages`, with any chat template."},
+        metadata={
+            "help": "Learn the assistant's turns only, with any chat template. True: those of a prompt too. None: "
+            "those of `messages`, and of other rows their completion."
+        },
     )
     packing: bool = field(
         default=False,

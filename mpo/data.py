@@ -26,6 +26,8 @@ _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _MESSAGES_OF_PARTS = List(
     {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
 )
+_CONVERSATION = ("prompt", "completion", "messages")
+_SHOWN = {_CONVERSATION[:2]: "prompt", _CONVERSATION[2:]: "messages"}  # by the shape of a row: where its pictures are
 _MESSAGES_OF_ANY_KIND = List(Json())  # decodes to just the fields that were given
 
 
@@ -65,11 +67,11 @@ def preference_dataset(sources: Iterable[str | Path], image_root: str | Path) ->
 
 
 def sft_dataset(sources: Iterable[str | Path], image_root: str | Path) -> Dataset:
-    """Conversations as TRL's prompt-completion data: columns `images`, `prompt`, `completion`.
+    """Conversations as TRL's SFT data: columns `images`, and `prompt` and `completion`, or `messages`, or all three.
 
     Args:
-        sources: JSONL files, or folders of JSONL shards, of rows with `images`, and `prompt` and `completion` as lists
-            of messages. Pictures come first, or stand where a prompt in typed parts has places for them.
+        sources: JSONL files, or folders of JSONL shards, of rows with `images`, and either `prompt` and `completion`
+            or `messages`, as lists of messages. Pictures come first, or stand where typed parts have places for them.
         image_root: The folder that image paths are relative to.
 
     Raises:
@@ -79,7 +81,7 @@ def sft_dataset(sources: Iterable[str | Path], image_root: str | Path) -> Datase
     rows = (row for source in sources for row in read_stage(Path(source)))
     pieces = list(_pieces(_conversations(rows, images)))
     images.check()
-    return _joined(pieces, ("prompt", "completion"))
+    return _without_empty(_joined(pieces, _CONVERSATION))
 
 
 def _preferences(rows: Iterable[NumberedRow], images: ImagePaths, formats: dict[str, str]) -> Iterator[Row]:
@@ -115,8 +117,9 @@ def _check_alike(columns: Row, where: str, formats: dict[str, str]) -> None:
 def _conversations(rows: Iterable[Row], images: ImagePaths) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
         where = f"SFT row {number} ({row.get('id', 'without id')})"
-        for key in ("prompt", "completion"):
-            if not _is_conversation(row.get(key), parts=key == "prompt"):
+        keys = _CONVERSATION[2:] if row.get("messages") is not None else _CONVERSATION[:2]
+        for key in keys:
+            if not _is_conversation(row.get(key), parts=key != "completion"):
                 raise InputError(
                     f'{where}: `{key}` must be a list of messages such as [{{"role": "user", "content": "..."}}], got '
                     f"{row.get(key)!r:.80}."
@@ -125,8 +128,9 @@ def _conversations(rows: Iterable[Row], images: ImagePaths) -> Iterator[Row]:
         if not _is_list_of_paths(names):
             raise InputError(f'{where}: `images` must be a list of paths such as ["a.png"], got {names!r:.80}.')
         paths = [images.file(name, str(row.get("id") or where)) for name in names]
-        prompt = with_places(row["prompt"], len(names), where)
-        yield {"images": paths, "prompt": prompt, "completion": row["completion"]}
+        found = {name: row[name] if name in keys else None for name in _CONVERSATION}
+        found[_SHOWN[keys]] = with_places(row[_SHOWN[keys]], len(names), where)
+        yield {"images": paths, **found}
 
 
 def _is_conversation(value: Any, *, parts: bool) -> bool:
@@ -167,7 +171,7 @@ def _pieces(rows: Iterator[Row]) -> Iterator[Dataset]:
 def _feature(values: list[Any]) -> Value | List:
     if isinstance(values[0], str):
         return _STRING
-    messages = (message for value in values for message in value)
+    messages = (message for value in values if value is not None for message in value)
     plain = all(message.keys() == {"role", "content"} and isinstance(message["content"], str) for message in messages)
     return _MESSAGES if plain else _MESSAGES_OF_ANY_KIND
 
@@ -230,6 +234,12 @@ def _joined(pieces: list[Dataset], columns: tuple[str, ...]) -> Dataset:
     return concatenate_datasets(pieces).select_columns([*(["images"] if vision else []), *columns])
 
 
+def _without_empty(dataset: Dataset) -> Dataset:
+    """Without the columns that no row has anything in: a trainer looks at which ones there are."""
+    empty = [name for name in dataset.column_names if dataset.data.column(name).null_count == len(dataset)]
+    return dataset.remove_columns(empty)
+
+
 def _with_any_messages(piece: Dataset, name: str) -> Dataset:
     """The piece with its messages in the feature that holds every kind of them."""
     if piece.features[name] == _MESSAGES_OF_ANY_KIND:
@@ -237,6 +247,7 @@ def _with_any_messages(piece: Dataset, name: str) -> Dataset:
     features = Features({name: _MESSAGES_OF_ANY_KIND})
     batches = (batch[name] for batch in piece.select_columns(name).iter(_ROWS_AT_A_TIME))
     texts = [
-        Dataset.from_list([{name: without_nulls(value)} for value in batch], features=features) for batch in batches
+        Dataset.from_list([{name: value and without_nulls(value)} for value in batch], features=features)
+        for batch in batches
     ]
     return concatenate_datasets([piece.remove_columns(name), concatenate_datasets(texts)], axis=1)

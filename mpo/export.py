@@ -14,6 +14,7 @@ from data_builders.records import InputError, Row, Summary
 from data_builders.shards import SETTINGS_FILE
 from mpo.models import base_of, load_for_training
 from mpo.provenance import versions
+from mpo.tiling import load_tiling, save_tiling
 
 TEMPLATES = Path(__file__).parent / "templates"
 _RECIPE = (  # of a run's settings, in the order of the card
@@ -63,6 +64,8 @@ def run(config: ExportConfig) -> Summary:
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging, max_shard_size=config.max_shard_size)
     processor.save_pretrained(staging)
+    if tiling := load_tiling(source):
+        save_tiling(tiling, staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     output.mkdir(parents=True, exist_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):  # last: what has one is whole

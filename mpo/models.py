@@ -6,16 +6,18 @@ Loading goes through the Auto classes (`data_builders.hf_sampler`), which know e
 import re
 from collections import Counter
 from collections.abc import Iterable
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from data_builders.hf_sampler import load_model
 from data_builders.records import InputError
+from data_builders.tiling.plans import Tiling, tile_grids
 
 PARTS = ("vision", "projector", "llm")
 
@@ -139,6 +141,54 @@ def residual_branches(model: nn.Module) -> list[list[nn.Module]]:
         for branches in _BRANCHES
         if branches <= named.keys()
     ]
+
+
+def tiles_pictures(processor: ProcessorMixin) -> bool:
+    """Whether a family's own processor cuts pictures into tiles, as InternVL's, LLaVA-OneVision's and Idefics3's do.
+
+    Qwen-VL's takes pictures at their own size, and Gemma3's cuts out parts of them, which is another thing.
+    """
+    names = ("crop_to_patches", "image_grid_pinpoints", "do_image_splitting")
+    return any(getattr(processor.image_processor, name, None) is not None for name in names)
+
+
+def set_own_tiling(processor: ProcessorMixin, config: PreTrainedConfig, tiling: Tiling) -> str:
+    """Has a processor that cuts pictures into tiles itself do so within the bounds of a tiling.
+
+    Args:
+        processor: Changed in place; saved with the model, it cuts pictures alike ever after.
+        config: Of the model, changed in place where the family keeps the grids there too.
+        tiling: Its `n_min` and `n_max`; the rule is the family's.
+
+    Returns:
+        What was set, in a sentence.
+
+    Raises:
+        InputError: The tiling asks for what only our own cutting can do.
+    """
+    images, family = processor.image_processor, config.model_type
+    if tiling.indicator != "none" or tiling.side is not None or tiling.tokens_per_view is not None:
+        raise InputError(
+            f"{family}'s own processor cuts pictures, into tiles of its own size and with its own marks: of `tiling` "
+            "it takes `n_min` and `n_max` alone. Leave `indicator`, `side` and `tokens_per_view` out."
+        )
+    if getattr(images, "crop_to_patches", None) is not None:
+        if tiling.rule != "internvl":
+            raise InputError(f"{family}'s own processor cuts pictures by InternVL's rule: set `rule: internvl`.")
+        images.crop_to_patches, images.min_patches, images.max_patches = True, tiling.n_min, tiling.n_max
+        return f"{family}'s own processor cuts pictures into {tiling.n_min} to {tiling.n_max} tiles."
+    if getattr(images, "image_grid_pinpoints", None) is not None:
+        height, width = images.size["height"], images.size["width"]
+        grids = [[rows * height, columns * width] for rows, columns in tile_grids(tiling.n_min, tiling.n_max)]
+        images.image_grid_pinpoints = config.image_grid_pinpoints = grids
+        bounds = f"{tiling.n_min} to {tiling.n_max} tiles"
+        return f"{family}'s own processor chooses among the {len(grids)} grids of {bounds}."
+    if tiling.n_min > 1:
+        raise InputError(f"{family}'s own processor has no fewest number of tiles: set `n_min: 1`.")
+    across = isqrt(tiling.n_max)
+    images.do_image_splitting = tiling.n_max > 1
+    images.size = {"longest_edge": across * images.max_image_size["longest_edge"]}
+    return f"{family}'s own processor cuts pictures into at most {across} x {across} tiles."
 
 
 def is_adapter(name: str | None) -> bool:

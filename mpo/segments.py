@@ -30,7 +30,8 @@ class Segmenter:
 
     Attributes:
         processor: Its chat template renders conversations. Of a tokenizer, contents stay strings.
-        assistant_only: Of `messages`, only the assistant's turns are learned.
+        assistant_only: True: the assistant's turns are learned, in a `prompt` of several turns too. None: those of
+            `messages`. False: everything but prompts.
         completion_only: Of `prompt` and `completion`, only the completion is.
         text_field: The column of plain texts.
         begin: Put in front of plain texts, as the tokenizer of a text model does (`<s>`).
@@ -38,7 +39,7 @@ class Segmenter:
     """
 
     processor: ProcessorMixin | PreTrainedTokenizerBase
-    assistant_only: bool = True
+    assistant_only: bool | None = None
     completion_only: bool = True
     text_field: str = "text"
     begin: str = ""
@@ -57,6 +58,8 @@ class Segmenter:
         if row.get("messages"):
             return self._of_messages(row, num_pictures)
         if row.get("prompt") is not None and row.get("completion") is not None:
+            if self.assistant_only and is_conversational({"prompt": row["prompt"]}):
+                return self._of_messages({**row, "messages": [*row["prompt"], *row["completion"]]}, num_pictures)
             return self._of_completion(row, num_pictures)
         text = row.get(self.text_field)
         if text is None:
@@ -90,7 +93,7 @@ class Segmenter:
             return self.processor.apply_chat_template(messages[:until], tokenize=False, **settings, **more)
 
         whole = said(len(messages))
-        if not self.assistant_only:
+        if self.assistant_only is False:
             return [Segment(whole, num_pictures)]
         pieces: list[Segment] = []
         place = heard = 0  # how much of the text, and how many messages, the pieces so far hold

@@ -62,7 +62,15 @@ def read_settings(verb: str, config_types: Sequence[type], argv: Sequence[str]) 
     Raises:
         InputError: As `read_values`; or a dataclass refused the values, then with its own words.
     """
-    values = read_values(verb, config_types, argv)
+    return build_settings(config_types, read_values(verb, config_types, argv))
+
+
+def build_settings(config_types: Sequence[type], values: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    """The dataclasses of a verb, from what `read_values` gave.
+
+    Raises:
+        InputError: A dataclass refused the values; with its own words.
+    """
     try:
         return tuple(config_type(**given) for config_type, given in zip(config_types, values, strict=True))
     except (ValueError, TypeError) as error:

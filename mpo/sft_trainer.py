@@ -69,7 +69,7 @@ class SFTTrainer(LoadsItsCheckpoints, LearnsByPart, trl.SFTTrainer):
 
     def _chooses_weights(self, args: SFTConfig, collator: Any, dataset: Any, given: dict[str, Any]) -> bool:
         """Whether batches and loss are ours; TRL's where nothing asks for it, or something cannot do without TRL's."""
-        asked = args.packing or args.padding_free or args.loss_reduction != "token"
+        asked = args.packing or args.padding_free or args.loss_reduction != "token" or args.assistant_only_loss
         if not (asked or "messages" in _columns(dataset)):
             return False
         reasons = {
@@ -83,7 +83,10 @@ class SFTTrainer(LoadsItsCheckpoints, LearnsByPart, trl.SFTTrainer):
         }
         reason = next((what for what, holds in reasons.items() if holds), None)
         if reason is not None and asked:
-            raise ValueError(f"`packing` and `loss_reduction` cannot be used with {reason}: leave one of them out.")
+            raise ValueError(
+                f"`packing`, `loss_reduction` and `assistant_only_loss` cannot be used with {reason}: leave one of "
+                "them out."
+            )
         return reason is None
 
     def _collator(self) -> ConversationCollator:
@@ -100,7 +103,7 @@ class SFTTrainer(LoadsItsCheckpoints, LearnsByPart, trl.SFTTrainer):
         return ConversationCollator(
             Segmenter(
                 self.processing_class,
-                assistant_only=self.args.assistant_only_loss is not False,
+                assistant_only=self.args.assistant_only_loss,
                 completion_only=self.args.completion_only_loss is not False,
                 text_field=self.args.dataset_text_field,
                 begin=self._tokenizer.bos_token if begins else "",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ def run_stages(stages: Iterable[Stage], folder: Path, run_verb: RunVerb) -> Row:
         InputError: The folder holds other things, or a stage was run with other settings.
     """
     record = _claim(folder)
-    done: Row = json.loads(record.read_text(encoding="utf-8"))
+    done: Row = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     for stage in stages:
         if stage.name in done and done[stage.name]["key"] != stage.key:
             raise InputError(
@@ -77,14 +78,19 @@ def run_stages(stages: Iterable[Stage], folder: Path, run_verb: RunVerb) -> Row:
         if stage.verb:
             run_verb(stage.verb, stage.argv)
         done[stage.name] = {"seconds": time.perf_counter() - start, "key": stage.key}
-        write_text(record, json.dumps(done, indent=1) + "\n")
+        if _is_first_rank():
+            write_text(record, json.dumps(done, indent=1) + "\n")
     return done
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _claim(folder: Path) -> Path:
     """The run's record of what is done; a folder without one must be empty, since stages clear folders in it."""
     record = folder / _RECORD
-    if not record.exists():
+    if not record.exists() and _is_first_rank():
         foreign = [path.name for path in folder.glob("*") if path.name != LOG]
         if foreign:
             raise InputError(

@@ -9,7 +9,7 @@ from data_builders.records import Summary
 from mpo.config import MPOConfig
 from mpo.data import preference_dataset
 from mpo.trainer import MPOTrainer
-from mpo.training import StageConfig, claim_output, prepare, train_and_save
+from mpo.training import StageConfig, claim_output, data_tiling, prepare, train_and_save
 
 CONFIGS = (StageConfig, ModelConfig, MPOConfig)
 
@@ -23,7 +23,8 @@ def run(config: StageConfig, model_config: ModelConfig, args: MPOConfig) -> Summ
     parts = prepare(config, model_config, args, preference_dataset)
     claim_output(config, model_config, args)
     trainer = MPOTrainer(args=args, **parts)
-    return _summary(args, len(trainer.train_dataset), train_and_save(trainer), trainer.notes)
+    metrics = train_and_save(trainer, data_tiling(config, model_config, parts["processing_class"]))
+    return _summary(args, len(trainer.train_dataset), metrics, trainer.notes)
 
 
 def _summary(args: MPOConfig, num_pairs: int, metrics: dict[str, float], notes: list[str]) -> Summary:

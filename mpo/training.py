@@ -6,24 +6,37 @@ The loop itself is transformers'.
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from data_builders.hf_sampler import load_processor
 from data_builders.records import InputError, Row
 from data_builders.shards import claim_folder
 from mpo.drop_path import set_drop_path
-from mpo.models import PARTS, is_adapter, load_for_training, lora_targets, part_of, train_parts
+from mpo.models import (
+    PARTS,
+    base_of,
+    is_adapter,
+    load_for_training,
+    lora_targets,
+    part_of,
+    set_own_tiling,
+    tiles_pictures,
+    train_parts,
+)
 from mpo.optimizers import check_rates
 from mpo.provenance import add_start
 from mpo.sources import local_path
+from mpo.tiling import Tiling, load_tiling, save_tiling, tile_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,6 +78,14 @@ class StageConfig:
             "0.1, from 26B on 0.4). Not for Qwen-VL."
         },
     )
+    tiling: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "How pictures are cut: `rule` (mm1_5, internvl), `n_min`, `n_max`, and if need be `indicator`, "
+            "`side`, `tokens_per_view`. A processor that cuts by itself is given the numbers; for others pictures are "
+            "cut as they are read, also when the model is asked later. None: as the model was trained."
+        },
+    )
 
 
 def prepare(
@@ -102,13 +123,55 @@ def prepare(
         revision=model_config.model_revision,
         quantization_config=get_quantization_config(model_config),
     )
+    tiling = data_tiling(config, model_config, processor)
+    if config.tiling and tiling is None:
+        set_own_tiling(processor, base_of(model).config, read_tiling(config.tiling))
     return {
         "model": model,
         "processing_class": processor,
-        "train_dataset": dataset,
-        "eval_dataset": eval_dataset,
+        "train_dataset": tiled(dataset, tiling),
+        "eval_dataset": tiled(eval_dataset, tiling),
         "peft_config": choose_parts(model, config, model_config, args.part_learning_rates or {}),
     }
+
+
+def read_tiling(settings: Row) -> Tiling:
+    """The tiling that the settings describe.
+
+    Raises:
+        InputError: A setting is missing, unknown or out of its range.
+    """
+    try:
+        return TypeAdapter(Tiling).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        reason = first.get("ctx", {}).get("error", f"`{name}`: {first['msg']}")
+        raise InputError(
+            f"`tiling` is {settings}: {reason} It takes {', '.join(f.name for f in fields(Tiling))}."
+        ) from error
+
+
+def data_tiling(config: StageConfig, model_config: ModelConfig, processor: Any) -> Tiling | None:
+    """How the pictures of the data are cut before the processor sees them; None where that is its own business.
+
+    Raises:
+        InputError: The settings, or the model's own `tiling.json`, describe none.
+    """
+    if config.tiling:
+        return None if tiles_pictures(processor) else read_tiling(config.tiling)
+    return load_tiling(model_config.model_name_or_path)
+
+
+def tiled(dataset: "Dataset | None", tiling: Tiling | None) -> "Dataset | None":
+    """The rows with their pictures cut as they are read; those without pictures, or tiling, as they are."""
+    if dataset is None or tiling is None or "images" not in dataset.column_names:
+        return dataset
+    return dataset.with_transform(partial(tile_batch, load=_as_it_is, tiling=tiling))
+
+
+def _as_it_is(picture: Any) -> Any:
+    return picture
 
 
 def check_adapters(config: StageConfig, model_config: ModelConfig) -> None:
@@ -209,15 +272,18 @@ def claim_output(config: StageConfig, model_config: ModelConfig, args: Any) -> N
         claim_folder(Path(args.output_dir), {**asdict(config), **asdict(model_config), **chosen}, inputs)
 
 
-def train_and_save(trainer: Trainer) -> Row:
+def train_and_save(trainer: Trainer, tiling: Tiling | None = None) -> Row:
     """Trains, from the newest checkpoint if there is one, and leaves model, processor and log in the output folder.
 
     Args:
         trainer: A trainer of transformers or TRL, with its processor.
+        tiling: How the pictures of its data are cut; it is written down beside the model.
 
     Returns:
         The metrics of the run: the last logged value of each.
     """
+    if tiling:
+        trainer.add_callback(_KeepsTiling(tiling))
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
@@ -230,7 +296,7 @@ def train_and_save(trainer: Trainer) -> Row:
             add_start(output_dir, num_ranks=trainer.args.world_size)
         trainer.train(resume_from_checkpoint=checkpoint)
     if not (finished and _is_whole(output_dir)):  # a model that others have read stays as it is
-        _save_whole(trainer, output_dir)
+        _save_whole(trainer, output_dir, tiling)
     return {name: value for entry in trainer.state.log_history for name, value in entry.items()}
 
 
@@ -255,7 +321,19 @@ def _is_whole(output_dir: Path) -> bool:
     return any((output_dir / name).is_file() for name in _LAST)
 
 
-def _save_whole(trainer: Trainer, output_dir: Path) -> None:
+class _KeepsTiling(TrainerCallback):
+    """Writes into checkpoints how the pictures of their training were cut."""
+
+    def __init__(self, tiling: Tiling) -> None:
+        self.tiling = tiling
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            save_tiling(self.tiling, folder)
+
+
+def _save_whole(trainer: Trainer, output_dir: Path, tiling: Tiling | None) -> None:
     """Writes the final model beside and moves it in, `config.json` last: a folder that has one can be loaded."""
     staging = output_dir / ".saving"
     if trainer.args.should_save:
@@ -263,9 +341,15 @@ def _save_whole(trainer: Trainer, output_dir: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
-    if not trainer.args.should_save:
-        return
-    trainer.state.save_to_json(str(staging / "trainer_state.json"))
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(staging / "trainer_state.json"))
+        if tiling:
+            save_tiling(tiling, staging)
+        _move_in(staging, output_dir)
+    trainer.accelerator.wait_for_everyone()  # what comes next may read it, on any rank
+
+
+def _move_in(staging: Path, output_dir: Path) -> None:
     for path in sorted(staging.iterdir(), key=lambda path: path.name in _LAST):
         target = output_dir / path.name
         if target.is_dir():  # an adapter's subfolder, of an earlier save

@@ -167,6 +167,24 @@ def test_pictures_of_a_conversation_stand_where_its_prompt_has_places(root: Path
         dataset_of([{**SFT, "id": "s-1", "prompt": prompt, "images": []}], root, sft_dataset)
 
 
+def test_conversations_of_both_shapes_share_a_data_set(root: Path) -> None:
+    shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Now?"}]}
+    turns = [*SFT["prompt"], *SFT["completion"], shown, {"role": "assistant", "content": "Grey."}]
+    several = {"id": "s-2", "images": ["grey.png"], "messages": turns}
+    dataset = dataset_of([SFT, several], root, sft_dataset)
+    assert dataset.column_names == ["images", "prompt", "completion", "messages"]
+    assert dataset[0]["messages"] is None
+    assert dataset[0]["completion"] == SFT["completion"]
+    assert dataset[1]["prompt"] is None
+    assert dataset[1]["messages"][0] == {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+    assert dataset[1]["messages"][2] == shown
+    assert dataset_of([several], root, sft_dataset).column_names == ["images", "messages"]
+    with pytest.raises(InputError, match=r"SFT row 1 \(s-2\): the prompt has 1 places for images .* the row has 2"):
+        dataset_of([{**several, "images": ["grey.png", "red.png"]}], root, sft_dataset)
+    with pytest.raises(InputError, match=r"SFT row 1 \(s-2\): `messages` must be a list of messages"):
+        dataset_of([{**several, "messages": ["What?"]}], root, sft_dataset)
+
+
 @pytest.mark.parametrize(
     "value",
     [

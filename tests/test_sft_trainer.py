@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trl
 from conftest import QUIET_TRAINING
 from datasets import Dataset, Features, Image, Json, List
