@@ -9,21 +9,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import yaml
 
-import data_builders
-from data_builders.mix import PRESETS
 from data_builders.mixtures.counts import largest_remainder, mixture_counts, mixture_shares
 from data_builders.mixtures.order import mixture_order
 from data_builders.mixtures.spec import Mixture, cell_members, cell_shares, read_mixture
 from data_builders.records import InputError, Row
 
 ROOT = Path(__file__).parent.parent
-MIXTURES = Path(data_builders.__file__).parent / "mixtures"
-
-
-def preset(name: str, **sources: Row) -> Row:
-    return {**yaml.safe_load((MIXTURES / f"{name}.yaml").read_text(encoding="utf-8")), "sources": sources}
 
 
 def mixed(total: int | None = None, sizes: dict[str, int] | None = None, **sources: Row) -> dict[str, int]:
@@ -59,53 +51,6 @@ def random_mixture(seed: int) -> tuple[Row, dict[str, int]]:
 
 def shuffled(values: Row, draw: random.Random) -> Row:
     return dict(draw.sample(list(values.items()), len(values)))
-
-
-def test_mm1_is_45_45_10_exactly() -> None:
-    sources = {name: {"group": name} for name in ("interleaved", "caption", "text")}
-    mixture = read_mixture({**preset("mm1", **sources), "total": 1_000_000}, "mm1")
-    counts = mixture_counts(mixture, dict.fromkeys(sources, 10**7))
-    assert counts == {"caption": 450_000, "interleaved": 450_000, "text": 100_000}
-
-
-def test_the_pretraining_of_mm1_5_is_50_10_40_exactly() -> None:
-    sources = {name: {"group": name} for name in ("interleaved", "caption", "text")}
-    mixture = read_mixture({**preset("mm1_5_pretrain", **sources), "total": 1_000_000}, "mm1_5")
-    counts = mixture_counts(mixture, dict.fromkeys(sources, 10**7))
-    assert counts == {"caption": 500_000, "interleaved": 100_000, "text": 400_000}
-
-
-def test_alpha_of_mm1_5_gives_its_published_shares() -> None:
-    published = {"text_rich": 37.2, "refer_ground": 22.5, "general": 11.3, "math": 5.6, "code": 2.3, "science": 1.1}
-    sources = {name: {"group": "single_image", "category": name} for name in published}
-    sources |= {"multi_image": {"group": "multi_image"}, "text": {"group": "text"}}
-    mixture = read_mixture({**preset("mm1_5_sft", **sources), "total": 1_000_000}, "mm1_5")
-    shares = {name: round(100 * float(share), 1) for name, share in mixture_shares(mixture).items()}
-    assert shares == {**published, "multi_image": 10.0, "text": 10.0}
-    counts = mixture_counts(mixture, dict.fromkeys(sources, 1000))
-    assert counts == {
-        "text_rich": 371_831,  # 0.8 * 3.3 / 7.1
-        "refer_ground": 225_352,
-        "general": 112_676,
-        "math": 56_338,
-        "code": 22_535,
-        "science": 11_268,
-        "multi_image": 100_000,
-        "text": 100_000,
-    }
-
-
-def test_seven_of_ten_rows_of_mammoth_vl_are_rewritten() -> None:
-    sources = {"new": {"rewritten": True}, "newer": {"rewritten": True}, "old": {"rewritten": False}}
-    mixture = read_mixture({**preset("mammoth_vl", **sources), "total": 1000}, "mammoth_vl")
-    counts = mixture_counts(mixture, {"new": 300, "newer": 100, "old": 5})
-    assert counts == {"new": 525, "newer": 175, "old": 300}
-
-
-def test_every_preset_is_listed_and_says_where_its_numbers_are_from() -> None:
-    paths = sorted(MIXTURES.glob("*.yaml"))
-    assert [path.name for path in paths] == [f"{name}.yaml" for name in PRESETS]
-    assert [path.name for path in paths if "https://arxiv.org/abs/" not in path.read_text(encoding="utf-8")] == []
 
 
 @pytest.mark.parametrize("seed", range(40))
