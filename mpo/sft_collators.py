@@ -141,7 +141,8 @@ class ConversationCollator:
             forest.Sequence(number, row.tokens.ids[:start], row.tokens.ids[start:], self._num_fixed(row))
             for number, (row, start) in enumerate(zip(rows, starts, strict=True))
         ]
-        size = {"max_tokens": self.max_forest_tokens, "multiple_of": self.multiple_of}
+        one_row = sum(len(row.learned) for row in rows)
+        size = {"max_tokens": self.max_forest_tokens or one_row, "multiple_of": self.multiple_of}
         laid_out = forest.build_forest(sequences, pad_id=self._tokenizer.pad_token_id, **size)
         learned = [torch.tensor(row.learned[start:]) for row, start in zip(rows, starts, strict=True)]
         learned = pad_sequence(learned, batch_first=True)  # (N, T)

@@ -129,11 +129,11 @@ class SFTTrainer(LoadsItsCheckpoints, LearnsByPart, trl.SFTTrainer):
         if PartialState().is_main_process:
             logger.warning(line)
 
-    def _prepare_dataset(self, dataset: Any, *others: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, *others: Any) -> Any:
         """TRL's seam for text, which it tokenizes ahead; our batches are tokenized as they are made."""
         if not self._weighs:
-            return super()._prepare_dataset(dataset, *others, **kwargs)
-        return dataset.shuffle(seed=self.args.seed) if self.args.shuffle_dataset else dataset
+            return super()._prepare_dataset(dataset, processing_class, args, *others)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
