@@ -36,6 +36,7 @@ FLOORS = {
     "data_builders.audit": 5,
     "data_builders.prompts.instructions": 0,
     "data_builders.prompts": 1,
+    "data_builders.prompts.templates": 1,
     "data_builders.conversations": 1,
     "data_builders.shards": 1,
     "data_builders.images": 1,
