@@ -1,6 +1,6 @@
 """Which model answers: the settings that every verb that asks a model shares, and the sampler that they name."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_builders.records import InputError, Row
@@ -52,7 +52,7 @@ class SamplerConfig:
     def provenance(self) -> Row:
         """What the answers depend on."""
         served = {"server": "openai"} if self.server else {"dtype": self.dtype}
-        return {"model": self.model, **served, **asdict(self.drawing())}
+        return {"model": self.model, **served, **self.drawing().provenance()}
 
     def model_paths(self) -> list[Path]:
         """The folder whose content the answers depend on, if the model is one."""

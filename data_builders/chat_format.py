@@ -20,6 +20,7 @@ _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _ORIENTATION = 0x0112  # EXIF tag; values 2 to 8 turn or mirror the picture
 _FINISHED = {None, "stop", "eos", "eos_token", "stop_sequence"}
 _CUT_OFF = {"length", "max_tokens", "model_length"}
+_LEAST_LOGP = -1e5  # vLLM writes -9999 for what is impossible
 
 
 def data_url(root: Path, name: str) -> str:
@@ -93,9 +94,9 @@ def completion_of(choice: dict[str, Any], prefix: str, exact: bool) -> Completio
     text, reason = _text(choice), choice.get("finish_reason")
     text = prefix + (text.lstrip() if not exact and prefix != prefix.rstrip() else text)
     if reason in _FINISHED:
-        return Completion(text, "stop")
+        return Completion(text, "stop", first_logps=_first_logps(choice))
     if reason in _CUT_OFF:
-        return Completion(text, "length")
+        return Completion(text, "length", first_logps=_first_logps(choice))
     return Completion(text, "error", f"the server ended the response with {reason!r:.80}")
 
 
@@ -113,6 +114,21 @@ def _text(choice: dict[str, Any]) -> str:
         return content
     unfinished = not content and choice.get("finish_reason") in _CUT_OFF
     return f"<think>{thought}" if unfinished else f"<think>{thought}</think>{content}"
+
+
+def _first_logps(choice: dict[str, Any]) -> tuple[tuple[str, float], ...] | None:
+    """The likeliest first tokens, where a chat server says them; what is none of that is passed over."""
+    logprobs = choice.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    first = content[0] if isinstance(content, list) and content else None
+    entries = first.get("top_logprobs") if isinstance(first, dict) else None
+    found = [
+        (entry["token"], float(entry["logprob"]))
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("token"), str)
+        if isinstance(entry.get("logprob"), int | float) and _LEAST_LOGP <= entry["logprob"] <= 0
+    ]
+    return tuple(found) or None
 
 
 def prompt_tokens(answer: dict[str, Any]) -> int:

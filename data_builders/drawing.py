@@ -78,19 +78,31 @@ class Draw:
         temperature: Above 0; it, `top_k` and `top_p` are applied as transformers does and in its order.
         top_k: Keeps the k likeliest tokens; 0 keeps every token.
         top_p: Nucleus sampling; 1 keeps every token.
+        num_likeliest: Likeliest first tokens that are kept with their log-probabilities.
 
     Attributes:
         broken: Rows for which the model gave NaN or infinity, (B,).
+        likeliest: Of each row's first step: ids of tokens and log-probabilities before temperature, `top_k` and
+            `top_p`, the likeliest first; empty if none were asked for.
     """
 
     def __init__(
-        self, num_rows: int, uniforms: "Tensor | None", *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+        self,
+        num_rows: int,
+        uniforms: "Tensor | None",
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_likeliest: int = 0,
     ) -> None:
         import torch
 
         self.uniforms = uniforms
         self.broken = torch.zeros(num_rows, dtype=torch.bool, device=None if uniforms is None else uniforms.device)
         self.warpers = None if uniforms is None else _warpers(temperature, top_k, top_p)
+        self.num_likeliest = num_likeliest
+        self.likeliest: list[list[tuple[int, float]]] = []
 
     def __call__(self, scores: "Tensor", rows: "Tensor", step: int) -> "Tensor":
         """Tokens of some rows.
@@ -100,6 +112,8 @@ class Draw:
             rows: Which rows they are of, (b,).
             step: Tokens that each of them has by now.
         """
+        if step == 0 and self.num_likeliest:
+            self.likeliest = _likeliest(scores, self.num_likeliest)
         highest, tokens = scores.max(dim=-1)
         self.broken = self.broken.to(scores.device)
         self.broken[rows] |= ~highest.isfinite()
@@ -109,6 +123,11 @@ class Draw:
         pointed_at = _pointed_at(self.warpers(None, scores).to(numbers.device), numbers).to(tokens.device)
         # a temperature too small for division leaves no probabilities, and means the likeliest
         return pointed_at.where(pointed_at < scores.shape[-1], tokens)
+
+
+def _likeliest(scores: "Tensor", num: int) -> list[list[tuple[int, float]]]:
+    logps, ids = scores.float().log_softmax(dim=-1).topk(min(num, scores.shape[-1]))
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), logps.tolist(), strict=True)]
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> "LogitsProcessorList":

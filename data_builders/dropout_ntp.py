@@ -6,7 +6,7 @@ Source: section 3.2 of https://arxiv.org/abs/2411.10442.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -160,7 +160,7 @@ def _pair(row: Row, rejected: Completion, prefix: str, settings: SamplingSetting
         "answer": row.get("answer"),
         "chosen_meta": {"sampler": row["sampler"], "finish_reason": row.get("finish_reason", "stop")},
         "rejected_meta": {
-            "sampler": {"model": config.model, **asdict(settings)},
+            "sampler": {"model": config.model, **settings.provenance()},
             "finish_reason": rejected.finish_reason,
             "ratio": config.ratio,
             "with_image": config.with_image,

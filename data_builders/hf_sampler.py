@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_builders import decoding, drawing
-from data_builders.images import DECODING_ERRORS, image_path, load_image
+from data_builders.images import image_size, load_image
 from data_builders.records import InputError
 from data_builders.samplers import Completion, Request, SamplingSettings
 from data_builders.tiling.views import load_tiling, tile_row
@@ -194,8 +195,14 @@ class HFSampler:
             return self._encode([request])["input_ids"].shape[1]
         text = self._text(chat_messages(request.prompt, len(request.images)), request.prefix)
         num = len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) - len(request.images)
-        sizes = [image_size(self.image_root, name) for name in request.images]
+        sizes = [self._size(name) for name in request.images]
         return num + sum(count(image_sizes=sizes)["num_image_tokens"]) if sizes else num
+
+    def _size(self, name: str) -> tuple[int, int]:
+        try:
+            return image_size(self.image_root, name)
+        except InputError:
+            return 1, 1  # it is refused with advice when it is loaded
 
     def _answer(self, requests: list[Request], numbers: range, settings: SamplingSettings) -> list[list[Completion]]:
         """The completions with these numbers; none at all if memory ran out, and the next batch is smaller."""
@@ -233,6 +240,8 @@ class HFSampler:
             self._completion(None if broken[row] else ids, last[row // num], requests[row // num].prefix)
             for row, ids in enumerate(rows)
         ]
+        if settings.top_logprobs:
+            completions = [self._with_logps(*pair) for pair in zip(completions, draw.likeliest, strict=True)]
         return [completions[start : start + num] for start in range(0, len(rows), num)]
 
     def _draw(self, requests: list[Request], numbers: range, settings: SamplingSettings) -> drawing.Draw:
@@ -240,11 +249,12 @@ class HFSampler:
 
         num_rows = len(requests) * len(numbers)
         if settings.temperature == 0:
-            return drawing.Draw(num_rows, None)
+            return drawing.Draw(num_rows, None, num_likeliest=settings.top_logprobs)
         keys, steps = [(settings.seed, request) for request in requests], settings.max_new_tokens
         uniforms = torch.cat([drawing.random_numbers(key, numbers.stop, steps)[numbers.start :] for key in keys])
         device = "cpu" if self.model.device.type == "mps" else self.model.device  # MPS has no float64
         kept = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        kept["num_likeliest"] = settings.top_logprobs
         return drawing.Draw(num_rows, uniforms.to(device), **kept)
 
     def _can_share(self, requests: list[Request]) -> bool:
@@ -306,6 +316,11 @@ class HFSampler:
             return Completion(text, "error", "the response contains an image token")
         return Completion(text, "stop" if has_ended else "length")
 
+    def _with_logps(self, completion: Completion, likeliest: list[tuple[int, float]]) -> Completion:
+        if completion.error:
+            return completion
+        return replace(completion, first_logps=tuple((self._decode([id]), logp) for id, logp in likeliest))
+
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -326,18 +341,3 @@ def image_tokens(processor: "ProcessorMixin", model: "PreTrainedModel") -> list[
     ids = {getattr(model.config, name, None) for name in (*names, "boi_token_id", "eoi_token_id")}
     ids.add(getattr(processor.tokenizer, "image_token_id", None))
     return sorted(id for id in ids if isinstance(id, int))
-
-
-def image_size(root: Path, name: str) -> tuple[int, int]:
-    """Height and width as the file's head says, before any turn by its EXIF data; of a broken file, nothing.
-
-    Raises:
-        InputError: As `image_path`.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(image_path(root, name)) as image:
-            return image.height, image.width
-    except (*DECODING_ERRORS, Image.DecompressionBombError):
-        return 1, 1  # it is refused with advice when it is loaded

@@ -69,6 +69,22 @@ def load_image(root: Path, name: str) -> "Image":
     return picture
 
 
+def image_size(root: Path, name: str) -> tuple[int, int]:
+    """Height and width in pixels as the file's head says, before any turn by its EXIF data; decodes nothing.
+
+    Raises:
+        InputError: As `image_path`, or the file does not begin as an image does, or has too many pixels for Pillow.
+    """
+    from PIL import Image
+
+    path = image_path(root, name)
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read ({error}): the file is broken or not an image.") from error
+
+
 def check_images(rows: Iterable[Row], root: Path, *, threads: int = 8) -> int:
     """Opens every image that the rows name, so that a broken one is found before the work and not in the middle.
 

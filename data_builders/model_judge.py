@@ -5,17 +5,13 @@ picture only if wanted. Whatever it says beyond a plain yes or no is no verdict.
 broken up before it sees them, so that nothing in there can stand for a picture or end the message.
 """
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
-
 from data_builders.prompts import is_chinese
+from data_builders.prompts.templates import PromptTemplate, defused, load_template
 from data_builders.records import InputError, Row
 from data_builders.rules.text import clean
 from data_builders.samplers import Completion, Request, Sampler, SamplingSettings
@@ -27,8 +23,7 @@ MAX_ANSWERS = 20
 MAX_REPLY_CHARS = 200
 
 _FOLDER = Path(__file__).parent / "prompts"
-_JINJA = SandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
-_MARKUP = re.compile(r"([<\[])(?=[|/A-Za-z_])")
+_EXAMPLE = {"question": "?", "answers": ["1"], "answer_given": "1"}
 _YES = {"yes", "是", "是的"}
 _NO = {"no", "否", "不是"}
 
@@ -38,26 +33,24 @@ class JudgePrompt:
     """The question that a judge is asked.
 
     Attributes:
-        id: Name and version, as in `judge@0123abcd`.
         template: Jinja text with the variables `question`, `answers` (a list) and `answer_given`.
     """
 
-    id: str
-    template: str
+    template: PromptTemplate
+
+    @property
+    def id(self) -> str:
+        """Name and version, as in `judge@0123abcd`."""
+        return self.template.id
 
     def render(self, row: Row) -> str:
         """What the model is given for a verdict row, images aside."""
         given = row["prediction"] or row["response"][-MAX_RESPONSE_CHARS:]
-        return _compiled(self.template).render(
-            question=_defused(row["question"]),
-            answers=[_defused(answer) for answer in accepted_answers(row)[:MAX_ANSWERS]],
-            answer_given=_defused(given),
+        return self.template.render(
+            question=defused(row["question"]),
+            answers=[defused(answer) for answer in accepted_answers(row)[:MAX_ANSWERS]],
+            answer_given=defused(given),
         )
-
-
-@cache
-def _compiled(template: str) -> Template:
-    return _JINJA.from_string(template)
 
 
 @cache
@@ -70,16 +63,7 @@ def judge_prompt(name: str) -> JudgePrompt:
     path = Path(name) if name.endswith(".jinja") else _FOLDER / f"{name}.jinja"
     if not path.is_file() or (not name.endswith(".jinja") and name not in ("judge", "judge_zh")):
         raise InputError(f"there is no judge prompt {name!r}: choose judge or judge_zh, or a path to a .jinja file.")
-    try:
-        template = path.read_text(encoding="utf-8").strip()
-        prompt = JudgePrompt(f"{path.stem}@{hashlib.sha256(template.encode()).hexdigest()[:8]}", template)
-        prompt.render({"question": "?", "answer": "1", "prediction": "1"})
-    except (TemplateError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the judge prompt {path} cannot be rendered ({error}): it must be a Jinja template in UTF-8 whose only "
-            "variables are `question`, `answers` and `answer_given`."
-        ) from error
-    return prompt
+    return JudgePrompt(load_template(path, _EXAMPLE, "judge prompt"))
 
 
 def prompts_for(name: str) -> tuple[JudgePrompt, JudgePrompt]:
@@ -152,8 +136,3 @@ def read_reply(text: str) -> bool | None:
     """
     word = clean(text.rpartition("</think>")[2][:MAX_REPLY_CHARS]).strip(" .!?。()[]").casefold()
     return word in _YES if word in _YES | _NO else None
-
-
-def _defused(text: str) -> str:
-    """Markup of chat templates and pictures (`<image>`, `<|im_end|>`, `[INST]`) broken up, mathematics left alone."""
-    return _MARKUP.sub(r"\1 ", text)

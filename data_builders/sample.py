@@ -4,7 +4,7 @@ Questions in, one row per response out; a failed or truncated response is a row 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def sample_responses(
     prompts = [own.render(row["question"]) for own, row in zip(styles, questions, strict=True)]
     requests = [Request(p, tuple(row.get("images", []))) for p, row in zip(prompts, questions, strict=True)]
     answers = sampler.sample(requests, num, settings)
-    origins = [{"model": sampler.name, "prompt": own.id, **asdict(settings)} for own in styles]
+    origins = [{"model": sampler.name, "prompt": own.id, **settings.provenance()} for own in styles]
     return [
         {**row, "prompt": prompt, **_outcome(completion), "sampler": {**origin, "index": index}}
         for row, prompt, origin, completions in zip(questions, prompts, origins, answers, strict=True)

@@ -6,10 +6,10 @@ A sampler is anything with the methods of `Sampler`: `data_builders.hf_sampler` 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from data_builders.records import InputError
+from data_builders.records import InputError, Row
 
 _WORD = re.compile(
     r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s])"
@@ -33,11 +33,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `text` is what was generated, with the prefix before it; `error` says why there is none."""
+    """One answer. `text` is what was generated, with the prefix before it; `error` says why there is none.
+
+    `first_logps` are the likeliest first tokens and their log-probabilities, where they were asked for and the sampler
+    knows them.
+    """
 
     text: str
     finish_reason: str
     error: str | None = None
+    first_logps: tuple[tuple[str, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class SamplingSettings:
         top_k: Keeps the k likeliest tokens; 0 keeps every token.
         max_new_tokens: Generated tokens, at most; a response that reaches it ends with finish_reason "length".
         seed: The same seed, model and requests give the same answers.
+        top_logprobs: Likeliest first tokens that a completion says the log-probabilities of, those before temperature,
+            `top_k` and `top_p`; 0 asks for none. It changes no answer.
     """
 
     temperature: float = 1.0
@@ -57,6 +64,7 @@ class SamplingSettings:
     top_k: int = 0
     max_new_tokens: int = 1024
     seed: int = 0
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         """Refuses what nothing can be drawn with.
@@ -69,10 +77,15 @@ class SamplingSettings:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "at least 0 (0 keeps every token)"),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "top_logprobs": (0 <= self.top_logprobs <= 20, "between 0 and 20, which is what servers give"),
         }
         for name, (holds, words) in ranges.items():
             if not holds:
                 raise InputError(f"`{name}` must be {words}, got {getattr(self, name)}.")
+
+    def provenance(self) -> Row:
+        """What answers depend on."""
+        return {name: value for name, value in asdict(self).items() if name != "top_logprobs"}
 
 
 def word_ends(text: str) -> list[int]:

@@ -51,6 +51,7 @@ _WITHOUT = {  # parameters that a server may refuse, how it names them, and what
     "seed": (r"\bseed\b", "the same seed will not give the same responses"),
     "top_k": (r"\btop_k\b", "its own default counts, whatever the rows say"),
     "generation_config": (r"\bgeneration_config\b", "its own defaults count, whatever the rows say"),
+    "logprobs": (r"logprobs\b", "how sure the model is stays unknown"),
     "max_tokens": (r"(?s)max_tokens.*not supported.*max_completion_tokens", "`max_completion_tokens` says the same"),
 }
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
@@ -247,10 +248,14 @@ class _Round:
 
     def _body(self, request: Request, can: _Abilities, indices: tuple[int, ...]) -> dict[str, Any]:
         body = {"model": self.sampler.name, **self._prompt(request), **self._drawing(request, can, indices)}
+        if self.settings.top_logprobs and "messages" in body:
+            body |= {"logprobs": True, "top_logprobs": self.settings.top_logprobs}
         for name in can.refused & body.keys():
             value = body.pop(name)
             if name == "max_tokens":
                 body["max_completion_tokens"] = value
+            if name == "logprobs":
+                del body["top_logprobs"]
         return body
 
     def _prompt(self, request: Request) -> dict[str, Any]:

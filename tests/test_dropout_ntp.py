@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +115,7 @@ def test_a_pair_prefers_the_response_to_what_the_model_made_up() -> None:
         "answer": None,
         "chosen_meta": {"sampler": {"model": "m", "index": 2}, "finish_reason": "stop"},
         "rejected_meta": {
-            "sampler": {"model": "m", **asdict(SETTINGS)},
+            "sampler": {"model": "m", **SETTINGS.provenance()},
             "finish_reason": "stop",
             "ratio": 0.5,
             "with_image": False,

@@ -260,6 +260,26 @@ def test_no_image_token_is_generated_even_if_the_model_wants_nothing_else(
     assert [completion.error for group in completions for completion in group] == [None] * 2 * len(REQUESTS)
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("settings", [GREEDY, replace(DRAWN, temperature=0.5, top_k=2, top_p=0.9)])
+def test_log_probabilities_of_the_first_token_are_those_of_the_logits_and_change_no_answer(
+    sampler: HFSampler, monkeypatch: pytest.MonkeyPatch, settings: SamplingSettings, share: bool
+) -> None:
+    monkeypatch.setattr(sampler, "_can_share", lambda _: share)
+    plain = sampler.sample(REQUESTS, 2, settings)
+    found = sampler.sample(REQUESTS, 2, replace(settings, top_logprobs=5))
+    assert texts(found) == texts(plain)
+    assert {completion.first_logps for group in plain for completion in group} == {None}
+    for request, group in zip(REQUESTS, found, strict=True):
+        with torch.no_grad():
+            logits = sampler.model(**prompt_inputs(sampler, request)).logits[0, -1]
+        logps, ids = logits.index_fill(0, torch.tensor(sampler.image_tokens), -torch.inf).log_softmax(-1).topk(5)
+        for completion in group:
+            tokens, values = zip(*completion.first_logps, strict=True)
+            assert list(tokens) == [sampler.tokenizer.decode(id, skip_special_tokens=True) for id in ids]
+            assert list(values) == pytest.approx(logps.tolist(), abs=1e-3)
+
+
 LONG = replace(GREEDY, max_new_tokens=32)
 
 

@@ -108,6 +108,41 @@ def test_a_request_says_how_many_tokens_are_drawn_and_how() -> None:
     assert completion == Completion(f"Hi? {seed} 0", "stop")
 
 
+def test_log_probabilities_of_the_first_token_are_asked_for_and_read() -> None:
+    first = {"token": " Yes", "logprob": -0.5, "top_logprobs": []}
+    first["top_logprobs"] = [{"token": " Yes", "logprob": -0.5}, {"token": "No", "logprob": -1}]
+    said = {"choices": [choice("Yes") | {"logprobs": {"content": [first, {"token": ".", "logprob": 0}]}}]}
+    with FaultyServer(answer=lambda _: said) as server:
+        ((completion,),) = make(server).sample(HI, 1, replace(GREEDY, top_logprobs=7))
+    assert (server.calls[0]["logprobs"], server.calls[0]["top_logprobs"]) == (True, 7)
+    assert completion == Completion("Yes", "stop", first_logps=((" Yes", -0.5), ("No", -1.0)))
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None, [], "yes", {}, {"content": None}, {"content": []}, {"content": ["Yes"]}, {"content": [{}]},
+        {"content": [{"top_logprobs": "Yes"}]}, {"content": [{"top_logprobs": ["Yes", {"token": "Yes"}]}]},
+        {"content": [{"top_logprobs": [{"token": 3, "logprob": -1.0}, {"token": "Yes", "logprob": "0"}]}]},
+        {"content": [{"top_logprobs": [{"token": "Yes", "logprob": 10**400}, {"token": "No", "logprob": 0.5}]}]},
+        {"content": [{"top_logprobs": [{"token": "Yes", "logprob": float("nan")}]}]},
+    ],
+)  # fmt: skip
+def test_what_is_no_log_probability_is_passed_over(logprobs: object) -> None:
+    with FaultyServer(answer=lambda _: {"choices": [choice("Yes") | {"logprobs": logprobs}]}) as server:
+        ((completion,),) = make(server).sample(HI, 1, replace(GREEDY, top_logprobs=7))
+    assert completion == Completion("Yes", "stop")
+
+
+def test_a_server_without_log_probabilities_answers_without_them(caplog: pytest.LogCaptureFixture) -> None:
+    with FaultyServer(answer=refuses("logprobs")) as server:
+        found = make(server).sample([*HI, Request("Ho?")], 1, replace(GREEDY, top_logprobs=7))
+    assert texts(found) == [["Hi? None 0"], ["Ho? None 0"]]
+    assert all("top_logprobs" not in call for call in server.calls[-2:])
+    (message,) = warnings(caplog)
+    assert "is asked without it: how sure the model is stays unknown" in message
+
+
 def test_a_server_is_told_to_keep_every_token_since_its_own_default_may_be_another() -> None:
     with FaultyServer() as server:
         make(server).sample(HI, 1, DRAWN)
@@ -924,6 +959,15 @@ def test_a_real_server_sees_text_and_pictures_as_the_model_does_in_process(
     expected = in_process.sample(REAL, 1, GREEDY)
     assert open_served(served, task).sample(REAL, 1, GREEDY) == expected
     assert len({text for (text,) in texts(expected)}) == 3
+
+
+def test_a_real_server_that_has_no_log_probabilities_answers_all_the_same(
+    served: tuple[str, str], task: Path, in_process: HFSampler
+) -> None:
+    asked = replace(GREEDY, top_logprobs=5)
+    found = open_served(served, task).sample(REAL, 1, asked)
+    assert texts(found) == texts(in_process.sample(REAL, 1, asked))
+    assert {completion.first_logps for (completion,) in found} == {None}
 
 
 def test_a_real_server_samples_although_it_ignores_n_and_knows_no_top_k(
