@@ -10,14 +10,26 @@ from typing import Any
 import pytest
 import torch
 import trl
-from conftest import QUIET_TRAINING
+from conftest import QUIET_TRAINING, task_pairs
 from datasets import Dataset, Features, Image, Json, List
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, build, picture
 from tiny_runs import save_models
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from data_builders.hf_sampler import HFSampler
+from data_builders.images import load_image
+from data_builders.records import InputError, Row, Summary
+from data_builders.samplers import Request, SamplingSettings
+from data_builders.shards import read_rows, write_rows
+from mpo.cli import run_verb
 from mpo.config import SFTConfig
+from mpo.data import sft_dataset
+from mpo.learning_rates import mm1_rates, rates_of
+from mpo.models import set_own_tiling, tiles_pictures
 from mpo.sft_trainer import SFTTrainer
+from mpo.tiling import Tiling, load_tiling
+from mpo.training import tiled as with_tiles
 
 SETTINGS: dict[str, Any] = {
     **QUIET_TRAINING,
@@ -288,3 +300,258 @@ def test_square_weights_are_the_same_for_1_x_8_2_x_4_and_two_ranks(
     losses, model = on_two_ranks(folders["llava"], rows, tmp_path, **settings, per_device_train_batch_size=4)
     assert losses == pytest.approx(losses_of(whole), abs=2e-5)
     assert distance(model, whole.model) < 3e-6
+
+
+def refused(folder: Path, dataset: Dataset, output: Path, message: str, **settings: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(folder, dataset, output, **settings)
+
+
+def test_what_cannot_be_packed_or_weighed_is_refused_with_a_reason(folders: dict[str, Path], tmp_path: Path) -> None:
+    llava = folders["llava"]
+    refused(llava, answered(), tmp_path, "cannot be used with `loss_type='dft'`", packing=True, loss_type="dft")
+    refused(
+        llava,
+        answered(),
+        tmp_path,
+        "`packing_strategy='wrapped'` splits rows",
+        packing=True,
+        packing_strategy="wrapped",
+    )
+    refused(llava, answered(), tmp_path, "must be token, sample or square, got 'mean'", loss_reduction="mean")
+    silent = Dataset.from_list([{"images": [], "messages": [user("Hi")]}], features=talks().features)
+    refused(llava, silent, tmp_path, "has no assistant's turn", per_device_train_batch_size=1)
+    with pytest.raises(TypeError, match="`args` must be `mpo.SFTConfig`, got SFTConfig"):
+        SFTTrainer(llava, trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=answered())
+
+
+def test_a_row_that_max_length_would_spoil_is_named_with_what_helps(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows, llava = answered(), folders["llava"]
+    batch = make(llava, rows, tmp_path, packing=True).data_collator([rows[1]])
+    total, answer = int(batch["lengths"][0]), int(batch["completion_mask"].sum())
+    refused(llava, rows, tmp_path, "would cut its pictures. Set `max_length` to at least", packing=True, max_length=20)
+    message = f"has {total} tokens, .* leave nothing of its answer. Set `max_length` to at least {total - answer + 1} "
+    refused(llava, rows.select([1]), tmp_path, message, packing=True, max_length=total - answer)
+    kept = make(llava, rows, tmp_path, packing=True, max_length=total - answer + 2).data_collator([rows[1]])
+    assert kept["completion_mask"].sum() == 2
+
+
+def test_a_template_that_says_earlier_turns_in_another_way_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    trainer = make(folders["llava"], talks(), tmp_path)
+    trainer.processing_class.chat_template = (
+        "{% for message in messages %}{{ message.role if loop.last else '?' }}"
+        "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="writes a conversation's earlier turns in another way"):
+        trainer.data_collator([{"images": [], "messages": [user("a"), assistant("b"), user("c"), assistant("d")]}])
+
+
+def test_ranks_that_share_a_model_all_see_a_picture_that_counts_nowhere(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = answered()
+    for packing in (True, False):
+        settings = {"packing": packing, "loss_reduction": "sample"}
+        collator = make(folders["qwen2_vl"], rows, tmp_path, **settings).data_collator
+        plain = collator([rows[2]])
+        collator.stand_in = picture(5)
+        batch = collator([rows[2]])
+        assert "pixel_values" in batch
+        assert "pixel_values" not in plain
+        assert batch["completion_mask"].sum(dim=1).tolist() == [*plain["completion_mask"].sum(dim=1).tolist(), 0]
+        assert collator([rows[0]])["completion_mask"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "rate"), [(1.2e9, "8.58e-05"), (3e9, "5.83e-05"), (7e9, "4.08e-05"), (30e9, "2.21e-05")]
+)
+def test_mm1s_rule_gives_the_published_rates(size: float, rate: str) -> None:
+    rates = mm1_rates(size)
+    assert f"{rates.learning_rate:.2e}" == rate
+    assert rates.weight_decay == pytest.approx(0.1 * rates.learning_rate)
+
+
+def test_mm1s_rule_counts_the_language_model_without_its_embeddings(folders: dict[str, Path]) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folders["llava"])
+    # two layers of width 32: q and o 32 x 32, k and v 16 x 32, three of 64 x 32, two norms; and the last norm
+    assert rates_of({"rule": "mm1"}, model) == mm1_rates(2 * (2 * 1024 + 2 * 512 + 3 * 2048 + 64) + 32)
+    assert rates_of({"rule": "mm1", "parameters": 7e9}, model) == mm1_rates(7e9)
+    for wrong in ({"rule": "mm2"}, {"rule": "mm1", "size": 7}, {"rule": "mm1", "parameters": "7B"}, {}):
+        with pytest.raises(InputError, match="`lr`"):
+            rates_of(wrong, model)
+
+
+def sft(task: Path, output: Path, **settings: Any) -> Summary:
+    quiet = {name: value for name, value in QUIET_TRAINING.items() if name != "save_strategy"}
+    given = {**quiet, "model_name_or_path": str(task / "model"), "image_root": str(task), "output_dir": str(output)}
+    given |= {"data": str(task / "sft.jsonl"), "max_steps": 2, "per_device_train_batch_size": 4, **settings}
+    words = [(f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in given.items()]
+    return run_verb("sft", [word for pair in words for word in pair])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], part: str = "") -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left if part in name)
+
+
+STAGES = [
+    {"name": "align", "train": ["projector"], "lr": {"rule": "mm1"}, "max_steps": 3},
+    {
+        "name": "single_image",
+        "train": ["vision", "projector", "llm"],
+        "part_learning_rates": {"vision": 1e-4},
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "packing": True,
+        "loss_reduction": "square",
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def chain(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages that nothing has stopped."""
+    output = tmp_path_factory.mktemp("chain") / "whole"
+    summary = sft(task, output, stages=STAGES)
+    assert [row[0] for row in summary.rows] == ["align", "single_image"]
+    assert summary.next_command.startswith(f"mpo sample --model {output}/single_image")
+    return output
+
+
+def test_each_stage_starts_from_the_last_and_trains_its_own_parts(task: Path, chain: Path) -> None:
+    start, align, single = weights(task / "model"), weights(chain / "align"), weights(chain / "single_image")
+    assert same(start, align, "vision_tower")
+    assert same(start, align, "language_model")
+    assert not same(start, align, "projector")
+    assert not same(align, single, "vision_tower")
+    settings = json.loads((chain / "single_image" / "settings.json").read_text())
+    assert settings["model_name_or_path"] == str(chain / "align")
+    first = json.loads((chain / "align" / "settings.json").read_text())
+    model = AutoModelForImageTextToText.from_pretrained(task / "model")
+    assert first["learning_rate"] == pytest.approx(rates_of({"rule": "mm1"}, model).learning_rate)
+    assert first["weight_decay"] == 0.0  # which is set, in QUIET_TRAINING
+    assert settings["learning_rate"] == QUIET_TRAINING["learning_rate"]
+
+
+@pytest.mark.parametrize("stopped_at", [2, 6])
+def test_a_chain_that_is_stopped_in_any_stage_ends_with_the_same_models(
+    stopped_at: int, task: Path, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    train_step = SFTTrainer.training_step
+
+    def stopping(self: Any, *arguments: Any, **more: Any) -> Any:
+        steps.append(self.args.output_dir)
+        if len(steps) == stopped_at:
+            raise KeyboardInterrupt
+        return train_step(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            sft(task, tmp_path / "stopped", stages=STAGES)
+    before = len(list((tmp_path / "stopped").glob("*/model.safetensors")))
+    assert before == (0 if stopped_at == 2 else 1)
+    sft(task, tmp_path / "stopped", stages=STAGES)
+    for name in ("align", "single_image"):
+        assert same(weights(chain / name), weights(tmp_path / "stopped" / name))
+
+
+def test_a_chain_that_is_done_is_left_alone_and_other_settings_are_refused(task: Path, chain: Path) -> None:
+    before = (chain / "align" / "model.safetensors").stat().st_mtime_ns
+    sft(task, chain, stages=STAGES)
+    assert (chain / "align" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="stage 'align' .* was run with other settings"):
+        sft(task, chain, stages=[{**STAGES[0], "max_steps": 9}, STAGES[1]])
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"max_steps": 1}], "stage 1 of `stages` has the name None"),
+        ([{"name": "../up"}], r"has the name '\.\./up'"),
+        ([{"name": "a"}, {"name": "a"}], "has 'a' twice"),
+        ([{"name": "a", "output_dir": "x"}], "stage 'a' sets `stages` or `output_dir`"),
+        ([{"name": "a", "learning_rat": 1}], "unknown setting `learning_rat`"),
+    ],
+)
+def test_stages_that_cannot_be_run_are_refused_with_a_reason(
+    stages: list[Row], message: str, task: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        sft(task, tmp_path / "out", stages=stages)
+
+
+TILING = {"rule": "mm1_5", "n_min": 2, "n_max": 4, "indicator": "index", "side": 16}
+
+
+def test_tiles_are_cut_for_training_and_for_sampling_alike_and_are_kept_with_the_model(
+    task: Path, tmp_path: Path
+) -> None:
+    sft(task, tmp_path / "tiled", tiling=TILING, save_strategy="steps", save_steps=1)
+    for folder in ("tiled", "tiled/checkpoint-1"):
+        assert load_tiling(tmp_path / folder) == Tiling(**TILING)
+    row = next(read_rows(task / "sft.jsonl"))
+    whole = HFSampler(str(task / "model"), image_root=task, batch_size=2)
+    tiled = HFSampler(str(tmp_path / "tiled"), image_root=task, batch_size=2)
+    request = Request(row["prompt"][0]["content"], tuple(row["images"]))
+    (plan,) = Tiling(**TILING).plans([load_image(task, row["images"][0]).size])
+    assert whole._encode([request])["pixel_values"].shape[0] == 1
+    assert tiled._encode([request])["pixel_values"].shape[0] == plan.num_views > 2
+    assert "(1,1,1)" in tiled.tokenizer.decode(tiled._encode([request])["input_ids"][0])
+    assert tiled.sample([request], 1, SamplingSettings(temperature=0, max_new_tokens=2))[0][0].error is None
+    collated = sft_dataset([task / "sft.jsonl"], task)
+    assert len(with_tiles(collated, Tiling(**TILING))[0]["images"]) == plan.num_views
+
+
+def test_the_next_run_and_pairs_take_the_tiles_that_a_model_was_trained_on(task: Path, tmp_path: Path) -> None:
+    sft(task, tmp_path / "tiled", tiling=TILING)
+    sft(task, tmp_path / "next", model_name_or_path=str(tmp_path / "tiled"), packing=True)
+    assert load_tiling(tmp_path / "next") == Tiling(**TILING)
+    write_rows(tmp_path / "pairs.jsonl", task_pairs(task, 4))
+    given = {"model_name_or_path": tmp_path / "next", "data": tmp_path / "pairs.jsonl", "image_root": task}
+    given |= {"output_dir": tmp_path / "mpo", "max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": "true"}
+    given |= {"precompute_ref_log_probs": "true", "ref_logps_dir": tmp_path / "reference", "report_to": "none"}
+    run_verb("train", [word for name, value in given.items() for word in (f"--{name}", str(value))])
+    assert load_tiling(tmp_path / "mpo") == Tiling(**TILING)
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision", "idefics3", "smolvlm"])
+def test_a_processor_that_cuts_by_itself_is_given_the_numbers(name: str, folders: dict[str, Path]) -> None:
+    processor = AutoProcessor.from_pretrained(folders[name])
+    model = AutoModelForImageTextToText.from_pretrained(folders[name])
+    wide, text = picture(0, (112, 28)), processor.apply_chat_template([user("", 1)])
+    assert tiles_pictures(processor)
+
+    def num_tokens(n_max: int) -> int:
+        note = set_own_tiling(processor, model.config, Tiling("internvl", n_min=1, n_max=n_max))
+        assert note.startswith(f"{name}'s own processor")
+        inputs = processor(images=[[wide]], text=[text], return_tensors="pt")
+        model(**inputs)
+        return inputs["input_ids"].shape[1]
+
+    assert num_tokens(1) < num_tokens(4)
+    with pytest.raises(InputError, match="own processor cuts pictures, into tiles of its own size"):
+        set_own_tiling(processor, model.config, Tiling("internvl", n_min=1, n_max=4, indicator="index"))
+
+
+def test_settings_of_tiles_are_checked(task: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    for wrong, message in (
+        ({"rule": "mm1_5", "n_min": 4}, "`n_max`"),
+        ({**TILING, "n_min": 5}, "the fewest tiles of a picture are 5"),
+        ({**TILING, "tiles": 5}, "`tiles`"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sft(task, tmp_path / "out", tiling=wrong)
+    internvl, model = AutoProcessor.from_pretrained(folders["internvl"]), folders["internvl"]
+    config = AutoModelForImageTextToText.from_pretrained(model).config
+    with pytest.raises(InputError, match="by InternVL's rule: set `rule: internvl`"):
+        set_own_tiling(internvl, config, Tiling("mm1_5", n_min=1, n_max=4))
+    assert not tiles_pictures(AutoProcessor.from_pretrained(folders["qwen2_vl"]))
+    assert not tiles_pictures(AutoProcessor.from_pretrained(folders["gemma3"]))
