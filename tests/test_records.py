@@ -89,9 +89,7 @@ def test_a_conversation_needs_one_of_its_two_shapes() -> None:
     for shape in ({"prompt": [asked], "completion": [answered]}, {"messages": [asked, answered]}):
         row = {"id": "a", "kept": 1, **shape}
         assert check_row(row, Conversation, "line 1") == row
-    with pytest.raises(
-        InputError, match=r"line 1: a conversation has `prompt` and `completion`, or `messages`"
-    ):
+    with pytest.raises(InputError, match=r"line 1: a conversation has `prompt` and `completion`, or `messages`"):
         check_row({"id": "a", "prompt": [asked]}, Conversation, "line 1")
     with pytest.raises(InputError, match=r"`messages.0.role` is 'bot'"):
         check_row({"id": "a", "messages": [{"role": "bot", "content": "x"}]}, Conversation, "line 1")
