@@ -148,7 +148,7 @@ def run(config: RewriteConfig) -> Summary:
         work = [chunk for name in chunks if sources[name].group == group for chunk in chunks[name]]
         if work:
             run_step(partial(step, config), work, _engine(config, output / _FOLDERS[group]), title=title)
-    for leftover in (output / PICTURES).rglob(".*.tmp"):  # of a run that was killed
+    for leftover in output.rglob(".*.tmp"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
     return _summary(config, sources, chunks)
 
@@ -264,7 +264,7 @@ def _summary(config: RewriteConfig, sources: dict[str, RewriteSource], chunks: d
         ["source", "category", "group", "read", "kept", "rewritten", "left out"],
         table,
         notes=notes if left_out and folders else [],
-        next_command=f"mpo filter --data {rewritten} --output filtered" if rewritten.exists() else None,
+        next_command=f"mpo filter --conversations {rewritten} --output filtered" if rewritten.exists() else None,
         also=also,
     )
 

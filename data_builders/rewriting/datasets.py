@@ -18,7 +18,8 @@ from data_builders.rewriting.grammars import Grammar
 from data_builders.sources import DataSet, read_spec
 
 Category = Literal[
-    "General", "OCR", "Chart", "Caption", "Domain-specific", "Code&Math", "Language", "Detection", "Multi-Image", "Video"
+    "General", "OCR", "Chart", "Caption", "Domain-specific", "Code&Math", "Language", "Detection", "Multi-Image",
+    "Video",
 ]  # fmt: skip
 GROUPS = {"A": "keep", "B": "rewrite", "C": "drop"}
 
@@ -71,8 +72,8 @@ def read_sources(values: Mapping[str, Any]) -> dict[str, RewriteSource]:
     for name, fields in values.items():
         if not _NAME.fullmatch(str(name)):
             raise InputError(
-                f"the source {name!r:.120} needs another name: letters, digits, `_`, `-`, `+` and `.`, at most 100 and "
-                "a letter or digit first, as files are named after it."
+                f"the source {name!r:.120} needs another name: letters, digits, `_`, `-`, `+` and `.`, at most 100 "
+                "and a letter or digit first, as files are named after it."
             )
         if not isinstance(fields, Mapping):
             raise InputError(f"source {name!r} is {fields!r:.80}: give it `{{path, category, group}}`.")

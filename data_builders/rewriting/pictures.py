@@ -45,8 +45,9 @@ class Limits:
         """
         if min(self.min_side, self.max_aspect) < 1 or self.min_side * self.max_aspect > self.max_side:
             raise InputError(
-                f"`min_side` ({self.min_side}) and `max_aspect` ({self.max_aspect}) must be at least 1, and `max_side` "
-                f"({self.max_side}) at least their product: else a long image could be both too small and too large."
+                f"`min_side` ({self.min_side}) and `max_aspect` ({self.max_aspect}) must be at least 1, and "
+                f"`max_side` ({self.max_side}) at least their product: else a long image could be too small and too "
+                "large at once."
             )
 
 

@@ -21,7 +21,7 @@ from data_builders.images import load_image
 from data_builders.records import Conversation, InputError, Row, Summary
 from data_builders.rewriting.datasets import GROUPS, RewriteSource
 from data_builders.rewriting.pictures import Limits, normal_size
-from data_builders.shards import Place, read_placed_rows, shard_paths, write_text
+from data_builders.shards import Place, full_disk_explained, read_placed_rows, shard_paths, write_text
 from data_builders.shown import picture_uri, shorten, visible
 
 SCREEN = "screen"  # folder of the sheets, in the output
@@ -68,12 +68,16 @@ def screen_sources(
     """
     table = []
     for name, source in tqdm(sources.items(), desc="screening", unit="source"):
-        survey = survey_source(source, num=num, seed=seed)
+        try:
+            survey = survey_source(source, num=num, seed=seed)
+        except InputError as error:
+            raise InputError(f"source {name!r}: {error}") from error
         with ThreadPoolExecutor(_THREADS) as pool:
             cards = list(pool.map(partial(card, source=source, image_root=image_root, limits=limits), _rows(survey)))
         facts = sheet_facts(survey, cards)
         path = output / SCREEN / f"{name}.html"
-        write_text(path, sheet(name, source, facts, cards))
+        with full_disk_explained(path, "Make room and give the same command again."):
+            write_text(path, sheet(name, source, facts, cards))
         group = f"{source.group} {GROUPS[source.group]}" if source.group else "?"
         table.append([name, source.category, group, *(value for _, value in facts[:5]), str(path)])
     return Summary(
