@@ -22,7 +22,7 @@ from data_builders.engine import drop_reasons
 from data_builders.mix import MixConfig
 from data_builders.mix import run as run_mix
 from data_builders.records import Conversation, InputError, Row
-from data_builders.rewrite import RewriteConfig, run
+from data_builders.rewrite import CONFIGS, RewriteConfig, run
 from data_builders.rewriting.asking import MAX_SHOWN_CHARS, known_answer, request_for, rewrite_prompt
 from data_builders.rewriting.datasets import GRAMMARS, Category, read_sources
 from data_builders.rewriting.grammars import (
@@ -40,6 +40,7 @@ from data_builders.rewriting.rows import MAX_SHOWN_REPLY, Writer, keep_rows, rew
 from data_builders.samplers import Completion, Request, SamplingSettings
 from data_builders.shards import read_stage, write_rows
 from mpo.data import sft_dataset
+from mpo.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -251,6 +252,15 @@ def test_a_source_whose_name_can_name_no_file_is_refused(name: str) -> None:
         read_sources({name: {"path": "a", "category": "OCR"}})
 
 
+def test_the_recipe_has_the_papers_numbers_and_each_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (recipe,) = read_settings("rewrite", CONFIGS, ["--config", "configs/mammoth_vl/rewrite.yaml"])
+    assert (recipe.screen_rows, recipe.limits()) == (1000, Limits(224, 4096, 7))
+    assert {source.reads for source in recipe.spec().values()} == set(get_args(Grammar))
+    assert {source.group for source in recipe.spec().values()} == {"A", "B", "C"}
+    assert recipe.asks(blind=True).model != recipe.asks(blind=False).model
+
+
 def conversation(name: str, question: str, answer: str, *images: str, **more: object) -> Row:
     row = {"id": name, "images": list(images), "prompt": [{"role": "user", "content": question}]}
     return {**row, "completion": [{"role": "assistant", "content": answer}], **more}
@@ -448,6 +458,7 @@ def test_a_reply_that_failed_or_was_cut_off_is_none_even_if_it_reads_well(model:
         (conversation("7", "How many?", " "), "no answer to rewrite"),
         ({"id": "7", "messages": [{"role": "user", "content": "How many?"}]}, "no answer to rewrite"),
         (conversation("7", "?" * MAX_SHOWN_CHARS, "2"), "too long to be rewritten"),
+        ({"id": "7", "messages": [{"role": "assistant", "content": [{"type": "text"}]}]}, "no answer to rewrite"),
     ],
 )
 def test_what_cannot_be_rewritten_is_not_asked_about(row: Row, reason: str) -> None:
@@ -619,7 +630,7 @@ def test_workers_change_nothing(config: RewriteConfig, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, json
 from pathlib import Path
-from data_builders.rewrite import RewriteConfig, run
+from data_builders.rewrite import CONFIGS, RewriteConfig, run
 
 left, replace = int(sys.argv[1]), Path.replace
 
@@ -749,9 +760,8 @@ class Tags(HTMLParser):
 
 def test_a_sheet_shows_rows_and_pictures_and_asks_no_model(config: RewriteConfig, tmp_path: Path) -> None:
     summary = run(other(config, screen=True, model=None))
-    assert summary.rows[0] == [
-        "cot", "General", "A keep", "5", "100%", "1.0", "6", "16", str(tmp_path / "out" / "screen" / "cot.html"),
-    ]  # fmt: skip
+    assert summary.rows[0] == ["cot", "General", "A keep", "5", "100%", "1.0", "6", "16"]
+    assert summary.notes[1] == f"cot: {tmp_path / 'out' / 'screen' / 'cot.html'}"
     page = (tmp_path / "out" / "screen" / "cot.html").read_text(encoding="utf-8")
     tags = Tags(page)
     assert (tags.tags["article"], tags.tags["img"], tags.tags["script"]) == (5, 4, 0)

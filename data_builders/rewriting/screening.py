@@ -66,7 +66,7 @@ def screen_sources(
     Raises:
         InputError: There is no row, or one is broken.
     """
-    table = []
+    table, paths = [], []
     for name, source in tqdm(sources.items(), desc="screening", unit="source"):
         try:
             survey = survey_source(source, num=num, seed=seed)
@@ -79,12 +79,16 @@ def screen_sources(
         with full_disk_explained(path, "Make room and give the same command again."):
             write_text(path, sheet(name, source, facts, cards))
         group = f"{source.group} {GROUPS[source.group]}" if source.group else "?"
-        table.append([name, source.category, group, *(value for _, value in facts[:5]), str(path)])
+        table.append([name, source.category, group, *(value for _, value in facts[:5])])
+        paths.append(f"{name}: {path}")
     return Summary(
         "Sheets",
-        ["source", "category", "group", "rows", "with image", "answers a row", "question", "answer", "sheet"],
+        ["source", "category", "group", "rows", "with image", "answers a row", "question", "answer"],
         table,
-        notes=["Question and answer: median characters of the drawn rows. Give each source its `group` in the YAML."],
+        notes=[
+            "Question and answer: median characters of the drawn rows. Look at each sheet and give its `group`.",
+            *paths,
+        ],
         next_command="mpo rewrite --config YOUR.yaml",
     )
 
@@ -171,8 +175,8 @@ def sheet_facts(survey: Survey, cards: Sequence[Row]) -> list[tuple[str, str]]:
         ("rows", f"{survey.num_rows:,}"),
         ("with image", f"{survey.num_with_images / survey.num_rows:.0%}"),
         ("answers a row", f"{survey.num_answers / survey.num_rows:.1f}"),
-        ("question", f"{median(card['question'] for card in cards):,.0f}"),
-        ("answer", f"{median(card['answer'] for card in cards):,.0f}"),
+        ("median question", f"{median(card['question'] for card in cards):,.0f}"),
+        ("median answer", f"{median(card['answer'] for card in cards):,.0f}"),
         ("images a row", f"{survey.num_images / survey.num_rows:.1f}"),
         ("longest answer", f"{max(card['answer'] for card in cards):,}"),
         ("different answers", f"{len(answers):,} of {len(cards):,}"),
