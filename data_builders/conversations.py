@@ -40,4 +40,6 @@ def _texts(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif content is not None:
-        yield from (part["text"] for part in content if part.get("type") == "text")
+        yield from (
+            part["text"] for part in content if part.get("type") == "text" and isinstance(part.get("text"), str)
+        )

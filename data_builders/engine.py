@@ -210,11 +210,18 @@ def count_by_source(output: Path, field: str) -> list[tuple[str, Counter[str]]]:
     return [(source or "(no source)", counts[source]) for source in sorted(counts)]
 
 
-def drop_reasons(output: Path) -> Counter[str]:
-    """How many rows a step left out, by reason; a row with a `count` stands for so many."""
+def drop_reasons(output: Path, shards: Iterable[str] | None = None) -> Counter[str]:
+    """How many rows a step left out, by reason; a row with a `count` stands for so many.
+
+    Args:
+        output: The folder of the step.
+        shards: Names of the shards that count; None: all.
+    """
     reasons: Counter[str] = Counter()
-    for path in sorted((output / DROPPED).glob("*.jsonl")):
-        for row in read_rows(path):
+    folder = output / DROPPED
+    paths = sorted(folder.glob("*.jsonl")) if shards is None else [folder / name for name in shards]
+    for path in paths:
+        for row in read_rows(path) if path.exists() else ():
             reasons[row["reason"]] += row.get("count", 1)
     return reasons
 

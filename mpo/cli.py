@@ -46,6 +46,7 @@ VERBS = {
     "judge": Verb("data_builders.judge", "Compare the final answer of every response with the true one."),
     "pair": Verb("data_builders.pair", "Pair right responses with wrong ones of the same question."),
     "dropout-ntp": Verb("data_builders.dropout_ntp", "Pair responses with continuations made without the image."),
+    "rewrite": Verb("data_builders.rewrite", "Rewrite short answers into instruction data with rationales."),
     "filter": Verb("data_builders.filter", "Keep the conversations that rules and a model as judge find good."),
     "mix": Verb("data_builders.mix", "Mix data sets in exact shares, in an order that is fixed once."),
     "convert": Verb("data_builders.convert", "Read and write the formats of others, or look for faults in data."),

@@ -21,11 +21,11 @@ from pydantic import Field
 from data_builders.audit import AUDIT_FILE
 from data_builders.records import InputError, Record, Row, Summary, check_row
 from data_builders.shards import read_stage, write_text
+from data_builders.shown import visible
 from mpo.pages import charts, drawing
 from mpo.pages.audit import Audit, audit_section
 from mpo.pages.data import PairCounts, count_verdicts, left_out, read_pairs
 from mpo.pages.gallery import Answers, GalleryPicker, card
-from mpo.pages.texts import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -141,15 +141,17 @@ def read_tiling(settings: Row) -> Tiling:
     Raises:
         InputError: A setting is missing, unknown or out of its range.
     """
+    known = [field.name for field in fields(Tiling)]
+    takes = f"It takes {', '.join(known)}."
+    if unknown := [name for name in settings if name not in known]:
+        raise InputError(f"`tiling` has no setting `{unknown[0]}`. {takes}")
     try:
         return TypeAdapter(Tiling).validate_python(settings)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        reason = first.get("ctx", {}).get("error", f"`{name}`: {first['msg']}")
-        raise InputError(
-            f"`tiling` is {settings}: {reason} It takes {', '.join(f.name for f in fields(Tiling))}."
-        ) from error
+        reason = first.get("ctx", {}).get("error", f"`{name}`: {first['msg']}.")
+        raise InputError(f"`tiling` is {settings}: {reason} {takes}") from error
 
 
 def data_tiling(config: StageConfig, model_config: ModelConfig, processor: Any) -> Tiling | None:

@@ -329,7 +329,7 @@ def test_a_row_that_max_length_would_spoil_is_named_with_what_helps(folders: dic
     rows, llava = answered(), folders["llava"]
     batch = make(llava, rows, tmp_path, packing=True).data_collator([rows[1]])
     total, answer = int(batch["lengths"][0]), int(batch["completion_mask"].sum())
-    refused(llava, rows, tmp_path, "would cut its pictures. Set `max_length` to at least", packing=True, max_length=20)
+    refused(llava, rows, tmp_path, "would cut its pictures. Set `max_length` to at least", packing=True, max_length=8)
     message = f"has {total} tokens, .* leave nothing of its answer. Set `max_length` to at least {total - answer + 1} "
     refused(llava, rows.select([1]), tmp_path, message, packing=True, max_length=total - answer)
     kept = make(llava, rows, tmp_path, packing=True, max_length=total - answer + 2).data_collator([rows[1]])
@@ -342,7 +342,7 @@ def test_a_template_that_says_earlier_turns_in_another_way_is_refused(
     trainer = make(folders["llava"], talks(), tmp_path)
     trainer.processing_class.chat_template = (
         "{% for message in messages %}{{ message.role if loop.last else '?' }}"
-        "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+        "{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
     )
     with pytest.raises(InputError, match="writes a conversation's earlier turns in another way"):
         trainer.data_collator([{"images": [], "messages": [user("a"), assistant("b"), user("c"), assistant("d")]}])
@@ -488,7 +488,7 @@ def test_stages_that_cannot_be_run_are_refused_with_a_reason(
         sft(task, tmp_path / "out", stages=stages)
 
 
-TILING = {"rule": "mm1_5", "n_min": 2, "n_max": 4, "indicator": "index", "side": 16}
+TILING = {"rule": "mm1_5", "n_min": 2, "n_max": 4, "indicator": "index", "side": 32}
 
 
 def test_tiles_are_cut_for_training_and_for_sampling_alike_and_are_kept_with_the_model(

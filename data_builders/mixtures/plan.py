@@ -10,9 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -197,11 +195,4 @@ def in_mixture(row: Row, source: Source, where: str) -> Row:
         row = {name: row[name] for name in source.columns}
     if not source.image_folder:
         return row
-    inside = partial(_inside, source.image_folder.rstrip("/"))
-    return {name: inside(value) if name in {"image", "images"} else value for name, value in row.items()}
-
-
-def _inside(folder: str, images: Any) -> Any:
-    if isinstance(images, list):
-        return [_inside(folder, image) for image in images]
-    return f"{folder}/{images}" if isinstance(images, str) else images
+    return {name: source.under_root(value) if name in {"image", "images"} else value for name, value in row.items()}

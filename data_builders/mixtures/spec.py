@@ -9,22 +9,18 @@ https://arxiv.org/abs/2409.20566.
 
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from data_builders.records import InputError
+from data_builders.sources import DataSet, Spec, read_spec
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Group(_Spec):
+class Group(Spec):
     """A part of the mixture with a share of its own.
 
     Attributes:
@@ -54,11 +50,10 @@ class Group(_Spec):
         return {"": 1.0} if self.reference is None else {self.reference: 1.0, **self.alpha}
 
 
-class Source(_Spec):
+class Source(DataSet):
     """A data set that gives rows to the mixture.
 
     Attributes:
-        path: A JSONL file, a folder of shards, or several of them.
         group: The group it belongs to; may be left out where there is one.
         category: The category it belongs to, where its group has categories.
         rewritten: Whether a model rewrote its rows, where the mixture has a `rewritten_share`.
@@ -66,34 +61,19 @@ class Source(_Spec):
             rows, up to `cap`. 0 leaves it out.
         cap: Rows it gives at most; what it cannot give comes from its neighbours.
         repeats: How many times its rows count; 0.5 counts every second one.
-        image_folder: Folder its image paths are relative to, under the image root of training: put before each.
         columns: Keys of its rows that are kept; None keeps all.
     """
 
-    path: str | list[str] = []
     group: str | None = None
     category: str | None = None
     rewritten: bool | None = None
     weight: Weight | None = None
     cap: Annotated[int, Field(ge=1)] | None = None
     repeats: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    image_folder: str = ""
     columns: list[str] | None = None
 
-    @model_validator(mode="after")
-    def _keeps_images_inside(self) -> "Source":
-        folder = PurePosixPath(self.image_folder)
-        if folder.is_absolute() or ".." in folder.parts:
-            raise ValueError(f"has the `image_folder` {self.image_folder!r}: it must be a folder below the image root")
-        return self
 
-    @property
-    def paths(self) -> list[str]:
-        """The files and folders, however they were given."""
-        return [self.path] if isinstance(self.path, str) else self.path
-
-
-class Mixture(_Spec):
+class Mixture(Spec):
     """A mixture: its shares, what is mixed, and how many rows.
 
     Attributes:
@@ -136,18 +116,7 @@ def read_mixture(values: Mapping[str, Any], where: str) -> Mixture:
     Raises:
         InputError: A field is unknown, missing or of the wrong kind, or the parts do not fit each other.
     """
-    try:
-        return Mixture.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            reason = "is no setting of a mixture; is it spelled right?"
-        elif first["type"] == "value_error":
-            reason = f"{first['ctx']['error']}"
-        else:
-            reason = f"is {first['input']!r:.80}: {first['msg'][:1].lower()}{first['msg'][1:]}."
-        raise InputError(f"{where}: {f'`{name}` ' if name else ''}{reason}") from error
+    return read_spec(Mixture, values, where, "a mixture")
 
 
 def cell_shares(mixture: Mixture) -> dict[Cell, Fraction]:

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import Field
 
 from data_builders.records import Record, Row
-from mpo.pages.texts import as_text, shorten
+from data_builders.shown import shorten
+from mpo.pages.texts import as_text
 
 MAX_LINES = 200  # of the table and of the list of disagreements; what is rarer stands in audit.json
 MAX_SOURCES = 50  # whose random samples are shown

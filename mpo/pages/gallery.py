@@ -1,8 +1,6 @@
 """Which pairs the report shows, and what of each: its pictures, both texts, where they came from."""
 
-import base64
 import hashlib
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +8,8 @@ from typing import Any
 
 from data_builders.images import load_image
 from data_builders.records import Row
-from mpo.pages.texts import as_text, highlight, shorten
+from data_builders.shown import picture_uri, shorten
+from mpo.pages.texts import as_text, highlight
 
 MAX_SIDE = 512  # pixels; larger pictures are scaled down before they go into the page
 SMALL_SIDE = 128  # pixels; smaller pictures are shown enlarged, each pixel sharp
@@ -182,8 +181,5 @@ def picture(image_root: Path, name: str) -> Row:
         InputError: As `data_builders.images.load_image`.
     """
     image = load_image(image_root, name)
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    data = io.BytesIO()
-    image.save(data, format="PNG", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    uri = picture_uri(image, side=MAX_SIDE)
     return {"uri": uri, "width": image.width, "height": image.height, "small": max(image.size) <= SMALL_SIDE}

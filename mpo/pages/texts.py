@@ -7,6 +7,8 @@ from collections import Counter
 
 from markupsafe import Markup, escape
 
+from data_builders.shown import shorten, visible
+
 MAX_TEXT = 100_000  # characters of a response that are looked at
 MAX_REST = 1600  # characters of a response that are shown, a shared beginning aside
 PREFIX_ENDS = 240  # characters kept at either end of a long shared beginning
@@ -16,35 +18,6 @@ MAX_MATCHES = 20_000
 
 # A Chinese, Japanese or Korean character is a word of its own.
 _WORDS = re.compile(r"[\u2e80-\uffdc]\s*|[^\s\u2e80-\uffdc]+\s*|\s+")
-# Control characters, marks that reorder what is read or stand for nothing, tags that hide text, halves of characters.
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
-    "\U000e0000-\U000e007f]"
-)
-
-
-def visible(text: str) -> str:
-    r"""The text with a sign or a number for each character that a page would swallow or obey.
-
-    >>> visible("a\x00b\u202ec"), visible("half \ud83d")
-    ('a␀b[U+202E]c', 'half \ufffd')
-    """
-    return _UNSEEN.sub(lambda found: _sign(ord(found[0])), text)
-
-
-def _sign(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\ufffd" if 0xD800 <= code <= 0xDFFF else f"[U+{code:04X}]"
-
-
-def shorten(text: str, limit: int) -> str:
-    """The beginning of a text that may be long, saying how much is left out.
-
-    >>> shorten("abcdef", 4)
-    'abcd … (2 more characters)'
-    """
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 
 def as_text(value: object, limit: int) -> str:
