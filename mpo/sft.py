@@ -79,7 +79,7 @@ def _train(config: SFTStageConfig, model_config: ModelConfig, args: SFTConfig, *
         ["rows", f"{len(parts['train_dataset']):,}"],
         ["optimizer steps", f"{metrics.get('step', 0):,}"],
         ["peak learning rate", f"{args.learning_rate:.3g}"],
-        ["loss", f"{float(metrics.get('loss', float('nan'))):.4f}"],
+        ["loss", f"{float(metrics.get('loss', metrics.get('train_loss', float('nan')))):.4f}"],
     ]
     return Summary(
         "Supervised fine-tuning",
@@ -90,30 +90,45 @@ def _train(config: SFTStageConfig, model_config: ModelConfig, args: SFTConfig, *
     )
 
 
-def _run_stages(settings: Row, run_verb: RunVerb) -> Summary:
-    """Each stage as a run of its own; those that are done are not done again."""
-    stages, output = settings.pop("stages"), settings.pop("output_dir", None)
+def plan_stages(settings: Row) -> list[Stage]:
+    """Each stage as a run of its own, in their order.
+
+    Args:
+        settings: What was set, `stages` among it.
+
+    Raises:
+        InputError: There is no folder for them, or a stage has no name of its own or sets what is the whole run's.
+    """
+    stages, output = settings["stages"], settings.get("output_dir")
+    shared = {name: value for name, value in settings.items() if name != "stages"}
     if not output:
         raise InputError("`output_dir` is missing: name the folder that gets one for each stage.")
     names = [_name(stage, number) for number, stage in enumerate(stages, 1)]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"`stages` has {double!r} twice: each stage needs a name of its own, which is its folder's.")
-    planned, model = [], settings.get("model_name_or_path")
+    planned, model = [], shared.get("model_name_or_path")
     for name, stage in zip(names, stages, strict=True):
         own = {key.replace("-", "_"): value for key, value in stage.items() if key != "name"}
         if "stages" in own or "output_dir" in own:
             raise InputError(f"stage {name!r} sets `stages` or `output_dir`, which belong to the whole run.")
         folder = str(Path(output) / name)
-        words = {**settings, **({"model_name_or_path": model} if model else {}), **own, "output_dir": folder}
+        words = {**shared, **({"model_name_or_path": model} if model else {}), **own, "output_dir": folder}
         planned.append(Stage(name, "sft", {key: _word(value) for key, value in words.items()}))
         model = folder
-    done = run_stages(planned, Path(output), run_verb)
-    rows = [[name, f"{done[name]['seconds']:.0f} s", str(Path(output) / name)] for name in names]
+    return planned
+
+
+def _run_stages(settings: Row, run_verb: RunVerb) -> Summary:
+    """Runs the stages; those that are done are not done again."""
+    stages = plan_stages(settings)
+    done = run_stages(stages, Path(settings["output_dir"]), run_verb)
+    rows = [[stage.name, f"{done[stage.name]['seconds']:.0f} s", stage.settings["output_dir"]] for stage in stages]
+    last = shlex.quote(rows[-1][-1])
     return Summary(
-        f"Supervised fine-tuning in {len(names)} stages",
+        f"Supervised fine-tuning in {len(stages)} stages",
         ["stage", "time", "model"],
         rows,
-        next_command=f"mpo sample --model {shlex.quote(model)} --questions YOUR_QUESTIONS.jsonl --output responses",
+        next_command=f"mpo sample --model {last} --questions YOUR_QUESTIONS.jsonl --output responses",
     )
 
 

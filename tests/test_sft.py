@@ -27,8 +27,11 @@ from mpo.config import SFTConfig
 from mpo.data import sft_dataset
 from mpo.learning_rates import mm1_rates, rates_of
 from mpo.models import set_own_tiling, tiles_pictures
+from mpo.settings import read_values
+from mpo.sft import CONFIGS, plan_stages
 from mpo.sft_trainer import SFTTrainer
 from mpo.tiling import Tiling, load_tiling
+from mpo.training import read_tiling
 from mpo.training import tiled as with_tiles
 
 SETTINGS: dict[str, Any] = {
@@ -486,6 +489,38 @@ def test_stages_that_cannot_be_run_are_refused_with_a_reason(
 ) -> None:
     with pytest.raises(InputError, match=message):
         sft(task, tmp_path / "out", stages=stages)
+
+
+def stages_of(recipe: str) -> dict[str, Row]:
+    """What each stage of a recipe sets, checked as the command line checks it."""
+    argv = ["--config", str(ROOT / "configs" / recipe / "sft.yaml")]
+    given = {name: value for part in read_values("sft", CONFIGS, argv) for name, value in part.items()}
+    planned = {stage.name: read_values("sft", CONFIGS, stage.argv) for stage in plan_stages(given)}
+    return {name: {key: value for part in values for key, value in part.items()} for name, values in planned.items()}
+
+
+def test_mammoth_vls_stages_are_the_papers() -> None:
+    stages = stages_of("mammoth_vl")
+    assert list(stages) == ["align", "single_image", "one_vision"]
+    sizes = [8 * s["per_device_train_batch_size"] * s["gradient_accumulation_steps"] for s in stages.values()]
+    assert sizes == [512, 256, 256]
+    assert [s["train"] for s in stages.values()] == [["projector"], *[["vision", "projector", "llm"]] * 2]
+    assert [s["learning_rate"] for s in stages.values()] == [1e-3, 1e-5, 1e-5]
+    assert [s.get("part_learning_rates") for s in stages.values()] == [None, {"vision": 2e-6}, {"vision": 2e-6}]
+    assert [s["max_length"] for s in stages.values()] == [8192, 8192, 16384]
+    assert {(s["num_train_epochs"], s["warmup_steps"], s["weight_decay"]) for s in stages.values()} == {(1, 0.03, 0)}
+
+
+def test_the_stages_of_mm1_and_mm1_5_take_its_rule_and_its_tiles() -> None:
+    assert list(stages_of("mm1")) == ["pretrain", "sft"]
+    assert stages_of("mm1")["pretrain"]["lr"] == {"rule": "mm1"}
+    stages = stages_of("mm1_5")
+    assert list(stages) == ["pretrain", "continual", "sft"]
+    assert stages["pretrain"]["lr"] == {"rule": "mm1"}
+    assert "tiling" not in stages["pretrain"]
+    for name in ("continual", "sft"):
+        tiling = read_tiling(stages[name]["tiling"])
+        assert (tiling.rule, tiling.n_min, tiling.n_max) == ("mm1_5", 4, 9)
 
 
 TILING = {"rule": "mm1_5", "n_min": 2, "n_max": 4, "indicator": "index", "side": 32}

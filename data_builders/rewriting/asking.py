@@ -21,6 +21,7 @@ MAX_SHOWN_CHARS = 32_000
 
 _FOLDER = Path(__file__).parent.parent / "prompts" / "rewrite"
 _EXAMPLE = {"turns": [Turn("user", "How many?"), Turn("assistant", "3")], "num_images": 1}
+_SUM = re.compile(r"[\d\s.,+\-*/^%()$×÷·−]{1,200}=")  # a side of an equation that is arithmetic alone
 _GSM8K = re.compile(r"^#### *(\S.*)$", re.MULTILINE)  # how that data set, and those after it, mark a final answer
 
 
@@ -83,14 +84,17 @@ def known_answer(row: Row) -> str | None:
 
     >>> row = {"prompt": [{"role": "user", "content": "2 + 2?"}]}
     >>> [known_answer({**row, "completion": [{"role": "assistant", "content": text}]})
-    ...  for text in ("4", "We add.\nThe answer is 4.", "We add.\n#### 4", "It is found by adding the two numbers.")]
-    ['4', '4', '4', None]
+    ...  for text in ("4", "2 + 2 = 4", "We add.\nThe answer is 4.", "We add.\n#### 4", "Found by adding the two.")]
+    ['4', '4', '4', '4', None]
     """
     if isinstance(row.get("answer"), str) and row["answer"].strip():
         return row["answer"]
     text = turns(row)[-1].text
     marked = _GSM8K.findall(text[-2 * MAX_ANSWER_CHARS :])
-    return marked[-1].strip() if marked else extract_answer(text)
+    answer = marked[-1].strip() if marked else extract_answer(text)
+    while answer and (worked_out := _SUM.match(answer)):
+        answer = answer[worked_out.end() :].strip() or None
+    return answer
 
 
 def _question(said: list[Turn]) -> str:
