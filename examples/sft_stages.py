@@ -23,6 +23,7 @@ from PIL import Image
 from data_builders.shards import read_rows, write_rows
 from mpo import digits
 
+STEPS = {"vision": 100, "align": 20, "single_image": 60, "one_vision": 20}
 TRAINING = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 5}
 TRAINING |= {"per_device_train_batch_size": 16, "learning_rate": 1e-3, "save_strategy": "no", "max_length": None}
 
@@ -66,11 +67,11 @@ def mpo(verb: str, **settings: Any) -> None:
 def stages(output: str) -> dict[str, Any]:
     """The settings of `mpo sft`: what all stages share, and what each has of its own."""
     tiles = {"rule": "mm1_5", "n_min": 4, "n_max": 4, "side": digits.SIZE, "indicator": "index"}
-    align = {"name": "align", "data": [f"{output}/rewrite/original"], "train": ["projector"], "max_steps": 20}
+    align = {"name": "align", "data": [f"{output}/rewrite/original"], "train": ["projector"]}
     single = {"name": "single_image", "data": [f"{output}/mixed"], "part_learning_rates": {"vision": 2e-4}}
-    single |= {"max_steps": 60, "packing": True, "loss_reduction": "square", "tiling": tiles}
-    both = {**single, "name": "one_vision", "data": [f"{output}/mixed", f"{output}/pairs.jsonl"], "max_steps": 20}
-    return {**TRAINING, "stages": [align, single, both]}
+    single |= {"packing": True, "loss_reduction": "square", "tiling": tiles}
+    both = {**single, "name": "one_vision", "data": [f"{output}/mixed", f"{output}/pairs.jsonl"]}
+    return {**TRAINING, "stages": [{**stage, "max_steps": STEPS[stage["name"]]} for stage in (align, single, both)]}
 
 
 def write_data(folder: Path) -> None:
@@ -120,7 +121,7 @@ def write_base(folder: Path) -> None:
     rows = [row for path in sorted((folder / "mixed").glob("*.jsonl")) for row in read_rows(path)]
     tokenizer = digits.train_tokenizer(message["content"] for row in rows for message in row["completion"])
     processor, model = digits.build_model(tokenizer, seed=0)
-    digits.pretrain_vision(model, processor, digits.split_scans(0)["sft"], steps=100, seed=0)
+    digits.pretrain_vision(model, processor, digits.split_scans(0)["sft"], steps=STEPS["vision"], seed=0)
     processor.save_pretrained(folder / "base")
     model.save_pretrained(folder / "base")
 

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from conftest import ROOT
 from transformers import AutoProcessor
 
 from data_builders.hf_sampler import load_model
-from data_builders.shards import read_rows, write_rows
+from data_builders.shards import read_rows, read_stage, write_rows
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import preference_dataset
+from mpo.tiling import Tiling, load_tiling
 
 EXAMPLES = ROOT / "examples"
 STEP = r"loss (\S+)  generation (\S+)  reward shift (\S+)"
@@ -58,8 +60,27 @@ def test_a_script_trains_and_saves_a_model_that_loads(
     assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.pad_token_id is not None
 
 
+def test_the_sft_stage_goes_from_raw_rows_to_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(EXAMPLES / "sft_stages.py"))
+    monkeypatch.setitem(script["STEPS"], "single_image", 2)
+    for name in ("align", "one_vision", "vision"):
+        monkeypatch.setitem(script["STEPS"], name, 1)
+    script["main"](str(tmp_path))
+    shown = capfd.readouterr().out
+    for reason in ("final answer changed", "reply: response not closed", "the judge said No", "group C"):
+        assert reason in shown
+    assert [path.name for path in sorted((tmp_path / "sft").glob("*/config.json"))] == ["config.json"] * 3
+    assert load_tiling(tmp_path / "sft" / "one_vision") == Tiling("mm1_5", 4, 4, "index", 32)
+    mixed = Counter(row["rewritten"] for row in read_stage(tmp_path / "mixed"))
+    assert mixed == {True: 299, False: 128}  # 70 : 30
+    script["main"](str(tmp_path))  # nothing is done again
+    assert "Supervised fine-tuning in 3 stages" in capfd.readouterr().out
+
+
 def test_every_script_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == LAST_LINES.keys()
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*LAST_LINES, "sft_stages.py"}
 
 
 def test_a_loop_of_ones_own_computes_what_the_trainer_does(

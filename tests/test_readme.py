@@ -21,10 +21,13 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("mpo ")
 ]
+TRAINING = ["--max_steps", "1", "--use_cpu", "true", "--gradient_checkpointing", "false", "--report_to", "none"]
 SHORTER = {  # what makes a command of the README end in seconds with a model that has learned for seconds
     "sample": ["--prompt", "direct", "--max_new_tokens", "4"],
     "dropout-ntp": ["--ratio", "0", "--max_new_tokens", "4"],
-    "train": ["--max_steps", "1", "--use_cpu", "true", "--gradient_checkpointing", "false", "--report_to", "none"],
+    "train": TRAINING,
+    "sft": [*TRAINING, "--bf16", "false"],
+    "filter": ["--min_side", "32"],
     "reference": ["--use_cpu", "true", "--report_to", "none"],
     "eval": ["--max_new_tokens", "4"],
 }
@@ -37,6 +40,7 @@ def workplace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(finished / "data" / "images", tmp_path / "images" / "images")
     shutil.copy(finished / "data" / "questions.jsonl", tmp_path)
     shutil.copy(finished / "data" / "test.jsonl", tmp_path)
+    shutil.copy(finished / "data" / "sft.jsonl", tmp_path / "conversations.jsonl")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -44,7 +48,7 @@ def workplace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_commands_lead_from_questions_to_a_report(workplace: Path) -> None:
     verbs = [command[0] for command in COMMANDS]
     chain = ["sample", "judge", "pair", "dropout-ntp", "train", "eval", "report"]
-    assert verbs == [*chain, "mix", *["convert"] * 5, "reference"]
+    assert verbs == [*chain, "rewrite", "filter", "sft", "mix", *["convert"] * 5, "reference"]
     for verb, *settings in COMMANDS:
         run_verb(verb, [*settings, *SHORTER.get(verb, [])])
     assert (workplace / "my-mpo-model").is_dir()
