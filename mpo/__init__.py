@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpo.config import MPOConfig as MPOConfig
+    from mpo.config import SFTConfig as SFTConfig
     from mpo.fused import LigerFusedLinearMPOLoss as LigerFusedLinearMPOLoss
     from mpo.losses import MPOLoss as MPOLoss
     from mpo.losses import generation_loss as generation_loss
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mpo.losses import preference_loss as preference_loss
     from mpo.losses import quality_loss as quality_loss
     from mpo.reward_shift import RewardShift as RewardShift
+    from mpo.sft_trainer import SFTTrainer as SFTTrainer
     from mpo.trainer import MPOTrainer as MPOTrainer
 
 __version__ = "0.1.0"
@@ -22,6 +24,8 @@ _HOMES = {
     "MPOLoss": "losses",
     "MPOTrainer": "trainer",
     "RewardShift": "reward_shift",
+    "SFTConfig": "config",
+    "SFTTrainer": "sft_trainer",
     "generation_loss": "losses",
     "mpo_loss": "losses",
     "preference_loss": "losses",

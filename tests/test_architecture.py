@@ -289,6 +289,8 @@ def test_nothing_is_named_after_what_it_is_not() -> None:
                 "MPOLoss",
                 "MPOTrainer",
                 "RewardShift",
+                "SFTConfig",
+                "SFTTrainer",
                 "generation_loss",
                 "mpo_loss",
                 "preference_loss",

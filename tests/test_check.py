@@ -28,9 +28,10 @@ from mpo.planning.blueprint import draw, find_architecture
 from mpo.planning.footprint import Batch, Setup, Sizes, Stack, Work, estimate_memory
 from mpo.planning.picture_tokens import picture_counter, tile_of
 from mpo.planning.placement import Precision, make_fit, place
-from mpo.planning.problems import setting_problems, version_problems
+from mpo.planning.problems import setting_problems, tiling_problems, version_problems
 from mpo.planning.survey import collect, measure, share
 from mpo.planning.versions import Installed, check_versions
+from mpo.tiling import Tiling
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/internvl3_8b/train.yaml"
@@ -431,3 +432,11 @@ def test_versions_outside_of_their_range_are_errors_and_optional_packages_may_be
 
 def test_work_adds_up() -> None:
     assert Work(1, 2, 3) + Work(10, 20, 30, 40).times(2) == Work(21, 42, 63, 80, 0)
+
+
+def test_tiles_that_are_not_counted_are_said() -> None:
+    (problem,) = tiling_problems(Tiling("mm1_5", n_min=4, n_max=9))
+    assert problem.severity == "warning"
+    assert "cuts each picture into 4 to 9 tiles" in problem.what
+    assert "up to 10 times" in problem.fix
+    assert tiling_problems(None) == []

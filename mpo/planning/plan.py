@@ -35,11 +35,13 @@ from mpo.planning.problems import (
     setting_problems,
     sharing_problems,
     step_problems,
+    tiling_problems,
     version_problems,
 )
 from mpo.planning.survey import Collected, Measured, Sharing, collect, largest_plain, measure, share
 from mpo.planning.versions import Installed, check_versions
-from mpo.training import StageConfig, check_adapters, choose_parts
+from mpo.tiling import load_tiling
+from mpo.training import StageConfig, check_adapters, choose_parts, read_tiling
 
 AS_THEY_COME, BY_QUESTION = "rows at random", "group_by_question"
 _ASSUMED_RESPONSE = 1024  # tokens, where there are no data; MMPR's responses have 300 to 350 on average
@@ -214,6 +216,10 @@ def make_plan(run: Run, target: Target, *, limit: int, architecture: str | None 
     problems += _does_it_fit(run, blueprint, setup, batches, target)
     problems += setting_problems(run.model_config, setup, has_adapters=run.has_adapters)
     problems += version_problems(versions, needed=needed)
+    settings = run.stage.tiling
+    problems += tiling_problems(
+        read_tiling(settings) if settings else load_tiling(run.model_config.model_name_or_path)
+    )
     problems += sharing_problems(run.args, reason)
     problems += step_problems(epoch.rows, epoch.batch) if epoch else []
     problems.sort(key=lambda problem: problem.severity == "warning")

@@ -19,6 +19,7 @@ from mpo.overlong import FitReport, fit_to_length
 from mpo.planning.footprint import Memory, Setup
 from mpo.planning.placement import Change
 from mpo.planning.versions import Installed
+from mpo.tiling import Tiling
 
 GIB = 2**30
 _FAULTS = {  # by kind, the worst first: what it means, and what to do
@@ -176,6 +177,17 @@ def setting_problems(model_config: ModelConfig, setup: Setup, *, has_adapters: b
         what = "`attn_implementation: flash_attention_2` needs flash-attn, which is not installed here."
         found.append(Problem("warning", what, "Install it on the machine that trains, or leave the setting out."))
     return found
+
+
+def tiling_problems(tiling: Tiling | None) -> list[Problem]:
+    """Pictures that training cuts into tiles, which is not counted here."""
+    if tiling is None:
+        return []
+    what = (
+        f"training cuts each picture into {tiling.n_min} to {tiling.n_max} tiles and an overview (`tiling`): tokens, "
+        "memory and time are counted here as if it did not."
+    )
+    return [Problem("warning", what, f"Reckon with up to {tiling.n_max + 1} times the tokens of pictures.")]
 
 
 def sharing_problems(args: MPOConfig, reason: str | None) -> list[Problem]:
