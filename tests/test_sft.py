@@ -12,6 +12,7 @@ import torch
 import trl
 from conftest import QUIET_TRAINING, task_pairs
 from datasets import Dataset, Features, Image, Json, List
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, build, picture
 from tiny_runs import save_models
@@ -305,6 +306,39 @@ def test_square_weights_are_the_same_for_1_x_8_2_x_4_and_two_ranks(
     assert distance(model, whole.model) < 3e-6
 
 
+def test_zero_3_takes_the_same_step_where_micro_batches_have_no_picture(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {"loss_reduction": "square", "packing": True}
+    whole = trained(folders["llava"], answered(ANSWERS), tmp_path / "8", **settings, per_device_train_batch_size=8)
+    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    single["deepspeed"] = {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero}
+    losses, model = on_two_ranks(folders["llava"], answered(ANSWERS), tmp_path, **settings, **single)
+    assert losses == pytest.approx(losses_of(whole), abs=2e-5)
+    assert distance(model, whole.model) < 3e-6
+
+
+def test_adapters_learn_the_same_from_packed_rows(folders: dict[str, Path], tmp_path: Path) -> None:
+    found = []
+    for packing in (True, False):
+        args = SFTConfig(str(tmp_path), **SETTINGS, packing=packing, loss_reduction="sample")
+        torch.manual_seed(0)  # adapters are drawn
+        trainer = SFTTrainer(
+            AutoModelForImageTextToText.from_pretrained(folders["qwen2_5_vl"]),
+            args,
+            train_dataset=answered(),
+            processing_class=AutoProcessor.from_pretrained(folders["qwen2_5_vl"]),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+        )
+        assert trainer.notes == []
+        trainer.train()
+        found.append(trainer)
+    assert losses_of(found[0]) == pytest.approx(losses_of(found[1]), abs=2e-5)
+    assert distance(found[0].model, found[1].model) < 3e-6
+
+
 def refused(folder: Path, dataset: Dataset, output: Path, message: str, **settings: Any) -> None:
     with pytest.raises(ValueError, match=message):
         trained(folder, dataset, output, **settings)
@@ -574,6 +608,16 @@ def test_a_processor_that_cuts_by_itself_is_given_the_numbers(name: str, folders
     assert num_tokens(1) < num_tokens(4)
     with pytest.raises(InputError, match="own processor cuts pictures, into tiles of its own size"):
         set_own_tiling(processor, model.config, Tiling("internvl", n_min=1, n_max=4, indicator="index"))
+
+
+def test_numbers_of_tiles_are_saved_with_a_processor_that_cuts_by_itself(
+    task: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tiling = {"rule": "internvl", "n_min": 2, "n_max": 3}
+    sft(task, tmp_path / "out", model_name_or_path=str(folders["internvl"]), tiling=tiling, max_steps=1)
+    images = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert (images.crop_to_patches, images.min_patches, images.max_patches) == (True, 2, 3)
+    assert load_tiling(tmp_path / "out") is None  # or they would be cut twice
 
 
 def test_settings_of_tiles_are_checked(task: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
