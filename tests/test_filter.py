@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_server import Body, FaultyServer, choice, question, refuses
+from killed_runs import run_until_killed
 from PIL import Image
 
 from data_builders.engine import drop_reasons
@@ -539,35 +536,15 @@ def test_ray_writes_the_same_files_as_one_process(config: FilterConfig, tmp_path
     assert content(tmp_path / "ray") == content(config.output)
 
 
-KILLED = """
-import os, signal, sys
-from data_builders import engine, filter
-from data_builders.filter import FilterConfig, run
-
-write, left = engine.write_rows, [int(sys.argv[3])]
-
-def write_or_die(path, rows):
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    write(path, rows)
-
-engine.write_rows = write_or_die
-run(FilterConfig(conversations=sys.argv[1], output=sys.argv[2], shard_size=2))
-"""
-
-
-@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4])
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_files(config: FilterConfig, writes: int) -> None:
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 6])  # settings, and shards of kept and of dropped rows
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_files(config: FilterConfig, last: int) -> None:
     run(config)
     whole = content(config.output)
-    killed = str(Path(config.output).with_name("killed"))
-    command = [sys.executable, "-c", KILLED, config.conversations, killed, str(writes)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
-    assert content(killed).items() < whole.items()
-    run(replace(config, output=killed))
-    assert content(killed) == whole
+    killed = replace(config, output=str(Path(config.output).with_name("killed")))
+    run_until_killed("data_builders.filter", killed, last)
+    assert content(killed.output) != whole
+    run(killed)
+    assert content(killed.output) == whole
 
 
 # With models

@@ -1,16 +1,13 @@
 """`mpo mix`: a folder of shards with exact shares, which no worker, kill or order of files changes by a byte."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from killed_runs import run_until_killed
 from PIL import Image
 from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
@@ -202,34 +199,13 @@ def test_a_finished_mixture_is_only_summed_up_again(config: MixConfig) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*")} == before
 
 
-KILLED = """
-import os, signal, sys, json
-from pathlib import Path
-from data_builders.mix import MixConfig, run
-
-left, replace = int(sys.argv[1]), Path.replace
-
-def counted(path, target):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(path, target)
-
-Path.replace = counted
-run(MixConfig(**json.loads(sys.argv[2])))
-"""
-
-
 @pytest.mark.parametrize("last", [1, 3, 5, 7])  # settings, the plan, its end, the second shard
 def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_files(
     config: MixConfig, tmp_path: Path, last: int
 ) -> None:
     run(config)
     killed = other(config, tmp_path / "killed")
-    command = [sys.executable, "-c", KILLED, str(last), json.dumps(vars(killed))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    run_until_killed("data_builders.mix", killed, last)
     assert content(killed.output) != content(config.output)
     run(killed)
     assert content(killed.output) == content(config.output)

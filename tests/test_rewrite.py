@@ -1,12 +1,8 @@
 """`mpo rewrite`: replies in five grammars, images in usable sizes, answers that stay, and sheets to decide by."""
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
@@ -15,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 from faulty_server import FaultyServer, choice
+from killed_runs import run_until_killed
 from PIL import Image
 
 from data_builders.conversations import Turn, turns
@@ -630,25 +627,6 @@ def test_workers_change_nothing(config: RewriteConfig, tmp_path: Path) -> None:
     assert content(config.output) == expected
 
 
-KILLED = """
-import os, signal, sys, json
-from pathlib import Path
-from data_builders.rewrite import CONFIGS, RewriteConfig, run
-
-left, replace = int(sys.argv[1]), Path.replace
-
-def counted(path, target):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(path, target)
-
-Path.replace = counted
-run(RewriteConfig(**json.loads(sys.argv[2])))
-"""
-
-
 @pytest.mark.parametrize("last", [1, 2, 3, 5, 9])  # settings, the set that is dropped, a picture, two shards
 def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_files(
     config: RewriteConfig, tmp_path: Path, last: int
@@ -658,9 +636,7 @@ def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_file
         run(served)
         expected = content(config.output)
         Path(config.output).rename(tmp_path / "whole")
-        command = [sys.executable, "-c", KILLED, str(last), json.dumps(vars(served))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+        run_until_killed("data_builders.rewrite", served, last)
         assert content(config.output) != expected
         summary = run(served)
     assert content(config.output) == expected
