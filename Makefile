@@ -22,7 +22,7 @@ lint: $(VENV)/.installed ## Check style and format.
 	$(BIN)/ruff format --check
 
 bench: $(VENV)/.installed ## Run the benchmarks.
-	@for name in step sampling pipeline; do \
+	@for name in step packing sampling pipeline; do \
 		echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; \
 	done
 

@@ -25,13 +25,13 @@ def step() -> Any:
 
 
 @pytest.fixture
-def sampling() -> Any:
-    """Likewise."""
+def script(request: pytest.FixtureRequest) -> Any:
+    """Likewise, another one, whose name is the fixture's parameter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         before = sys.modules.keys() & {"step", "models", "harness"}
-        yield import_module("sampling")
-        for name in {"sampling", "models", "harness"} - before:
+        yield import_module(request.param)
+        for name in {request.param, "models", "harness"} - before:
             del sys.modules[name]
 
 
@@ -121,9 +121,27 @@ def test_peak_memory_counts_what_lives_at_the_same_time(step: ModuleType) -> Non
     assert step.peak_of(compute) == pytest.approx(12_000_000, rel=1e-3)
 
 
+@pytest.mark.parametrize("script", ["packing"], indirect=True)
+def test_packing_is_measured_on_the_same_rows_and_leaves_out_the_padding(script: ModuleType) -> None:
+    sizes = sys.modules["models"].Sizes(vocabulary=64, width=16, inner=32, layers=1, heads=2, tower=16, side=2)
+    results = script.run(script.workloads(3, 12), sizes, rounds=1)
+    equal, varied, texts = results["workloads"]
+    assert equal["tokens"] == {"padded": 3 * (4 + 8 + 12), "packed": 3 * (4 + 8 + 12)}
+    assert equal["padding"] == 0 < varied["padding"]
+    for result in (equal, varied, texts):
+        assert result["loss"]["packed"] == pytest.approx(result["loss"]["padded"], abs=2e-5)
+    assert json.loads(json.dumps(results)) == results
+    console = Console(width=150)
+    with console.capture() as captured:
+        console.print(script.table(results))
+    assert "pictures, equal lengths" in captured.get()
+
+
+@pytest.mark.parametrize("script", ["sampling"], indirect=True)
 def test_sampling_is_measured_with_the_lengths_that_it_says(
-    sampling: ModuleType, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sampling = script
     sizes = sys.modules["models"].Sizes(vocabulary=64, width=16, inner=32, layers=1, heads=2, tower=16, side=2)
     given = []
     generate = sampling.generate
