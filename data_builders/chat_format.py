@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,11 @@ from data_builders.images import DECODING_ERRORS, image_path, load_image
 from data_builders.records import InputError
 from data_builders.samplers import Completion
 from data_builders.servers import FailureError
+from data_builders.tiling.plans import Tiling
+from data_builders.tiling.views import tile_row
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
 MAX_IMAGE_BYTES = 16 * 2**20
@@ -31,9 +35,11 @@ def data_url(root: Path, name: str) -> str:
     """
     kind = _sendable_kind(image_path(root, name))
     if kind:
-        data = image_path(root, name).read_bytes()
-    else:
-        kind, data = _encoded(root, name)
+        return _url(kind, image_path(root, name).read_bytes())
+    return _url(*_encoded(load_image(root, name), name))
+
+
+def _url(kind: str, data: bytes) -> str:
     return f"data:{_MIME[kind]};base64,{base64.b64encode(data).decode()}"
 
 
@@ -51,8 +57,7 @@ def _sendable_kind(path: Path) -> str | None:
         return None  # `load_image` says what is wrong
 
 
-def _encoded(root: Path, name: str) -> tuple[str, bytes]:
-    picture = load_image(root, name)
+def _encoded(picture: "Image.Image", name: str) -> tuple[str, bytes]:
     for kind, settings in (("PNG", {"compress_level": 1}), ("JPEG", {"quality": 95, "subsampling": 0})):
         file = BytesIO()
         picture.save(file, kind, **settings)
@@ -68,6 +73,23 @@ def user_messages(prompt: str, urls: Sequence[str] = ()) -> list[dict[str, Any]]
     """The user's turn: images first, then the text, as `chat_messages` has it."""
     pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}] if pictures else prompt}]
+
+
+def tiled_messages(prompt: str, images: Sequence[str], root: Path, tiling: Tiling) -> list[dict[str, Any]]:
+    """The user's turn with every picture cut into the views that the model was trained on.
+
+    Raises:
+        InputError: As `load_image`.
+    """
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    row = {"images": list(images), "prompt": [{"role": "user", "content": parts}]}
+    cut = tile_row(row, partial(load_image, root), tiling)
+    views = (_url(*_encoded(view, images[0])) for view in cut["images"])
+    content = [
+        {"type": "image_url", "image_url": {"url": next(views)}} if part["type"] == "image" else part
+        for part in cut["prompt"][0]["content"]
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def choices_of(answer: dict[str, Any]) -> list[dict[str, Any]]:

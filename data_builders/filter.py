@@ -48,7 +48,8 @@ class FilterConfig(EngineConfig, SamplerConfig, RuleOptions):
         default=None,
         metadata={
             "help": "Keep a row if the judge's P(Yes), over its P(Yes) and P(No), is at least this, in the place of "
-            "its word, which must still be Yes or No; null: keep it if the word is Yes (paper)."
+            "its word, which must still be Yes or No and come first, without thoughts before it; null: keep it if the "
+            "word is Yes (paper)."
         },
     )
     temperature: float = field(default=0.0, metadata={"help": "Of the judge; 0 is greedy."})
@@ -70,6 +71,11 @@ class FilterConfig(EngineConfig, SamplerConfig, RuleOptions):
         if not self.model and (self.server or self.min_p_yes is not None):
             given = "server" if self.server else "min_p_yes"
             raise InputError(f"`{given}` is about a judge: give its `model`, or leave both out to go by rules alone.")
+        if self.model and self.images != "decode":
+            raise InputError(
+                f"`images: {self.images}` lets broken pictures pass, and the judge is shown them: with a `model` take "
+                "`decode`."
+            )
 
     def settings(self) -> Row:
         """All that changes what is written."""

@@ -28,6 +28,7 @@ from data_builders.chat_format import (
     load_tokenizer,
     prompt_tokens,
     rendered_prompt,
+    tiled_messages,
     user_messages,
 )
 from data_builders.records import InputError
@@ -41,6 +42,7 @@ from data_builders.servers import (
     all_connected,
     server_address,
 )
+from data_builders.tiling.views import load_tiling
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
@@ -84,7 +86,8 @@ class ServerSampler:
         concurrency: Requests that each server works on at a time.
         timeout: Seconds that a request may take.
         tokenizer: Folder or Hub name of the model's tokenizer. With it texts are cut by the model's own tokens, and
-            any server that has `/v1/completions` can continue a given beginning (where there is no image).
+            any server that has `/v1/completions` can continue a given beginning (where there is no image). A folder
+            that says how pictures are cut (`tiling.json`; or `model`, if it is one) has them sent in tiles.
         api_key_env: The environment variable that holds the key, if the servers want one.
 
     Raises:
@@ -109,6 +112,7 @@ class ServerSampler:
         self.servers = [Server(each, concurrency, timeout) for each in dict.fromkeys(map(server_address, servers))]
         self.abilities = {server: _Abilities() for server in self.servers}
         self.tokenizer = load_tokenizer(tokenizer) if tokenizer else None
+        self.image_root, self.tiling = image_root, load_tiling(model) or load_tiling(tokenizer)
         self.data_url = lru_cache(maxsize=16)(partial(data_url, image_root))
         self.key = os.environ.get(api_key_env, "").strip() or None
         self._warned: set[str] = set()
@@ -135,6 +139,12 @@ class ServerSampler:
             return [group * num for group in found]
         self._compare(found, num, settings)
         return found
+
+    def messages(self, request: Request) -> list[dict[str, Any]]:
+        """The user's turn, its pictures cut as those of the model's training were, if a folder says so."""
+        if self.tiling and request.images:
+            return tiled_messages(request.prompt, request.images, self.image_root, self.tiling)
+        return user_messages(request.prompt, [self.data_url(name) for name in request.images])
 
     def warn(self, subject: str, words: str) -> None:
         """Says something the first time that it is so."""
@@ -262,7 +272,7 @@ class _Round:
         begun = request.prefix.rstrip()  # templates cut off what is behind it, or do not
         if begun and not self._goes_on_in_chat(request):
             return {"prompt": rendered_prompt(self.sampler.tokenizer, request.prompt) + request.prefix}
-        messages = user_messages(request.prompt, [self.sampler.data_url(name) for name in request.images])
+        messages = self.sampler.messages(request)
         if not begun:
             return {"messages": messages}
         return {"messages": [*messages, {"role": "assistant", "content": begun}], **_CONTINUE}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 
 from data_builders.records import InputError, Record, Row, check_row
 
@@ -42,7 +43,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    process = f"{os.getpid()}-{token_hex(4)}"  # on several machines some have the same number
+    temporary = path.with_name(f".{path.name}.{process}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

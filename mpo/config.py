@@ -84,8 +84,8 @@ class SFTConfig(TrainerConfig, TRLSFTConfig):
     loss_reduction: Literal["token", "sample", "square"] = field(
         default="token",
         metadata={
-            "help": "What a token weighs in an answer of x tokens, over the whole optimizer step: 'token' 1, 'sample' "
-            "1/x, 'square' 1/sqrt(x) (InternVL2.5)."
+            "help": "What a token weighs in a row of which x tokens are learned, over the whole optimizer step: "
+            "'token' 1, 'sample' 1/x, 'square' 1/sqrt(x) (InternVL2.5)."
         },
     )
 

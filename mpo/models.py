@@ -152,13 +152,16 @@ def tiles_pictures(processor: ProcessorMixin) -> bool:
     return any(getattr(processor.image_processor, name, None) is not None for name in names)
 
 
-def set_own_tiling(processor: ProcessorMixin, config: PreTrainedConfig, tiling: Tiling) -> str:
+def set_own_tiling(
+    processor: ProcessorMixin, config: PreTrainedConfig, tiling: Tiling, *, has_adapter: bool = False
+) -> str:
     """Has a processor that cuts pictures into tiles itself do so within the bounds of a tiling.
 
     Args:
         processor: Changed in place; saved with the model, it cuts pictures alike ever after.
         config: Of the model, changed in place where the family keeps the grids there too.
         tiling: Its `n_min` and `n_max`; the rule is the family's.
+        has_adapter: Whether only an adapter is saved, without the config.
 
     Returns:
         What was set, in a sentence.
@@ -178,17 +181,24 @@ def set_own_tiling(processor: ProcessorMixin, config: PreTrainedConfig, tiling: 
         images.crop_to_patches, images.min_patches, images.max_patches = True, tiling.n_min, tiling.n_max
         return f"{family}'s own processor cuts pictures into {tiling.n_min} to {tiling.n_max} tiles."
     if getattr(images, "image_grid_pinpoints", None) is not None:
-        height, width = images.size["height"], images.size["width"]
-        grids = [[rows * height, columns * width] for rows, columns in tile_grids(tiling.n_min, tiling.n_max)]
+        if has_adapter:
+            raise InputError(
+                f"{family} keeps the grids of tiles in its config, which an adapter's folder does not hold, so that "
+                "the adapter would later meet other tiles: leave `tiling` out, or train without adapters first."
+            )
+        shown = images.size if getattr(images.size, "height", None) else images.crop_size
+        grids = [
+            [rows * shown.height, columns * shown.width] for rows, columns in tile_grids(tiling.n_min, tiling.n_max)
+        ]
         images.image_grid_pinpoints = config.image_grid_pinpoints = grids
         bounds = f"{tiling.n_min} to {tiling.n_max} tiles"
-        return f"{family}'s own processor chooses among the {len(grids)} grids of {bounds}."
+        return f"{family}'s own processor chooses among the {len(grids)} grids of {bounds}, by its own rule."
     if tiling.n_min > 1:
         raise InputError(f"{family}'s own processor has no fewest number of tiles: set `n_min: 1`.")
     across = isqrt(tiling.n_max)
     images.do_image_splitting = tiling.n_max > 1
     images.size = {"longest_edge": across * images.max_image_size["longest_edge"]}
-    return f"{family}'s own processor cuts pictures into at most {across} x {across} tiles."
+    return f"{family}'s own processor cuts pictures into at most {across} x {across} tiles, by its own rule."
 
 
 def is_adapter(name: str | None) -> bool:

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -99,7 +100,8 @@ class CachesItsReference:
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+        joined = concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)  # which forgets transforms
+        return joined.with_transform(transform) if (transform := _transform_of(dataset)) else joined
 
     def _reference_of(self, batch: Row) -> tuple[Tensor, ...]:
         """Log-probabilities of the pairs of a batch that count."""
@@ -277,14 +279,25 @@ def model_digest(model: nn.Module) -> str:
 
 
 def data_digest(dataset: Dataset) -> str:
-    """Names the content of the columns that training uses: texts whole, pictures by size and both ends of the file."""
+    """Names the content of the columns that training uses: texts whole, pictures by size and both ends of the file.
+
+    What a transform makes of rows as they are read (`Dataset.with_transform`, tilings) counts too, by its code and
+    arguments.
+    """
     used = [name for name in _USED_COLUMNS if name in dataset.column_names]
     digest = hashlib.sha256()
     for table in dataset.select_columns(used).with_format("arrow").iter(batch_size=_ROWS_PER_SHARD):
         for row in table.to_pylist():
             pictures = row.pop("images", None) or [row.pop("image", None)]
             digest.update(json.dumps([row, [_picture_digest(p) for p in pictures]], default=str).encode())
+    if transform := _transform_of(dataset):
+        digest.update(Hasher.hash(transform).encode())
     return digest.hexdigest()[:16]
+
+
+def _transform_of(dataset: Dataset) -> Callable[[Row], Row] | None:
+    """What rows go through as they are read, of the user or for tiles."""
+    return dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
 
 
 def processor_digest(processor: Any) -> str:

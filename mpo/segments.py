@@ -5,6 +5,7 @@ conversation that ends with it has more than one that is about to hear it. That 
 text; others are refused.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Segmenter:
             texts["prompt"] = self._structured(texts["prompt"], num_pictures)
             texts["completion"] = self._structured(texts["completion"], 0)
             texts |= {"chat_template_kwargs": row.get("chat_template_kwargs") or {}}
-            texts = apply_chat_template(texts, self.processor, tools=row.get("tools"))
+            texts = apply_chat_template(texts, self.processor, tools=_tools(row))
         else:
             texts = {"prompt": self.begin + texts["prompt"], "completion": self._ended(texts["completion"])}
         return [
@@ -85,7 +86,7 @@ class Segmenter:
 
     def _of_messages(self, row: Row, num_pictures: int) -> list[Segment]:
         messages = self._structured(row["messages"], num_pictures)
-        settings = {"tools": row.get("tools") or None, **(row.get("chat_template_kwargs") or {})}
+        settings = {"tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
 
         def said(until: int, **more: Any) -> str:
             if not until:
@@ -130,6 +131,12 @@ _NOT_ADDITIVE = (
     "what was thought), so that what the assistant said cannot be told apart. Make a row of each answer, with "
     "`prompt` and `completion`, or set `assistant_only_loss: false`."
 )
+
+
+def _tools(row: Row) -> Any:
+    """The tools that a row names: a list, or JSON as TRL takes it too."""
+    tools = row.get("tools") or None
+    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def _num_places(messages: Sequence[Row]) -> int:

@@ -63,6 +63,8 @@ def run(*values: Row, run_verb: RunVerb) -> Summary:
     """
     if values[0].get("stages"):
         return _run_stages({name: value for part in values for name, value in part.items()}, run_verb)
+    if values[0].get("lr") and "learning_rate" in values[2]:
+        raise InputError("both `lr` and `learning_rate` say how fast to learn: remove one of them.")
     config, model_config, args = build_settings(CONFIGS, values)
     return _train(config, model_config, args, sets_decay="weight_decay" in values[2])
 
@@ -112,7 +114,9 @@ def plan_stages(settings: Row) -> list[Stage]:
         if "stages" in own or "output_dir" in own:
             raise InputError(f"stage {name!r} sets `stages` or `output_dir`, which belong to the whole run.")
         folder = str(Path(output) / name)
-        words = {**shared, **({"model_name_or_path": model} if model else {}), **own, "output_dir": folder}
+        own_rates = own.keys() & {"lr", "learning_rate"}  # they take the place of whichever all stages share
+        others = {key: value for key, value in shared.items() if not (own_rates and key in ("lr", "learning_rate"))}
+        words = {**others, **({"model_name_or_path": model} if model else {}), **own, "output_dir": folder}
         planned.append(Stage(name, "sft", {key: _word(value) for key, value in words.items()}))
         model = folder
     return planned

@@ -77,8 +77,7 @@ class ConversationCollator:
 
     def _tokenized(self, row: Row) -> _Learned:
         if row.get("input_ids") is not None:
-            ids, labels = list(row["input_ids"]), row.get("labels")
-            return _Learned(Processed(ids, {}), [label != forest.NO_LABEL for label in labels or ids], [])
+            return _Learned(Processed(list(row["input_ids"]), {}), self._marked(row), [])
         found = row.get("images") if row.get("image") is None else [row["image"]]
         pictures = [decoded(picture, self.decoder) for picture in found or []]
         remaining = iter(pictures)
@@ -92,6 +91,14 @@ class ConversationCollator:
                 tokens = Processed(self._tokenizer(segment.text, add_special_tokens=False)["input_ids"], {})
             pieces.append((tokens, segment.is_learned))
         return _Learned(_chained([tokens for tokens, _ in pieces]), self._learned(pieces), given)
+
+    def _marked(self, row: Row) -> list[bool]:
+        """What is learned of a row that is tokenized already, as TRL takes its columns."""
+        if row.get("labels") is not None:
+            return [label != forest.NO_LABEL for label in row["labels"]]
+        names = ("completion_mask", "assistant_masks") if self.segmenter.completion_only else ("assistant_masks",)
+        masks = [row[name] for name in names if row.get(name) is not None]
+        return [all(bits) for bits in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
 
     def _learned(self, pieces: Sequence[tuple[Processed, bool]]) -> list[bool]:
         return [is_learned and id != self.image_token_id for tokens, is_learned in pieces for id in tokens.ids]

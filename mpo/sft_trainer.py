@@ -28,7 +28,7 @@ from mpo.segments import Segmenter
 from mpo.sft_collators import ConversationCollator
 
 _COLUMNS = ("messages", "prompt", "completion", "image", "images", "input_ids", "labels", "tools")
-_COLUMNS += ("chat_template_kwargs", "id")
+_COLUMNS += ("completion_mask", "assistant_masks", "chat_template_kwargs", "id")
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ class SFTTrainer(LoadsItsCheckpoints, LearnsByPart, trl.SFTTrainer):
 
     def _chooses_weights(self, args: SFTConfig, collator: Any, dataset: Any, given: dict[str, Any]) -> bool:
         """Whether batches and loss are ours; TRL's where nothing asks for it, or something cannot do without TRL's."""
+        turns = "messages" in _columns(dataset)
         asked = args.packing or args.padding_free or args.loss_reduction != "token" or args.assistant_only_loss
-        if not (asked or "messages" in _columns(dataset)):
+        if not (asked or turns):
             return False
         reasons = {
             "a `data_collator` of your own": collator is not None,
@@ -82,10 +83,10 @@ class SFTTrainer(LoadsItsCheckpoints, LearnsByPart, trl.SFTTrainer):
             "`truncation_mode='keep_end'`": args.truncation_mode != "keep_start",
         }
         reason = next((what for what, holds in reasons.items() if holds), None)
-        if reason is not None and asked:
+        if reason is not None and (asked or (args.assistant_only_loss is None and collator is None)):
             raise ValueError(
-                f"`packing`, `loss_reduction` and `assistant_only_loss` cannot be used with {reason}: leave one of "
-                "them out."
+                f"`packing`, `loss_reduction` and learning the assistant's turns only (of `messages`, unless "
+                f"`assistant_only_loss` is false) cannot be used with {reason}: leave one of them out."
             )
         return reason is None
 

@@ -67,8 +67,8 @@ def run_stages(stages: Iterable[Stage], folder: Path, run_verb: RunVerb) -> Row:
     for stage in stages:
         if stage.name in done and done[stage.name]["key"] != stage.key:
             raise InputError(
-                f"stage {stage.name!r} in {folder} was run with other settings: give another `--output`, or delete "
-                f"{folder} to start again."
+                f"stage {stage.name!r} in {folder} was run with other settings: give the run another folder, or "
+                f"delete {folder} to start again."
             )
         if stage.name in done:
             continue

@@ -4,6 +4,7 @@ The loop itself is transformers'.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -41,6 +42,8 @@ from mpo.tiling import Tiling, load_tiling, save_tiling, tile_batch
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
+
+logger = logging.getLogger(__name__)
 
 _LAST = ("config.json", "adapter_config.json")  # what is written last of a model's folder
 _SHOWN = {"loss": "loss", "rewards/margins": "margin", "mean_token_accuracy": "accuracy"}
@@ -125,7 +128,10 @@ def prepare(
     )
     tiling = data_tiling(config, model_config, processor)
     if config.tiling and tiling is None:
-        set_own_tiling(processor, base_of(model).config, read_tiling(config.tiling))
+        has_adapter = model_config.use_peft or is_adapter(name)
+        note = set_own_tiling(processor, base_of(model).config, read_tiling(config.tiling), has_adapter=has_adapter)
+        if args.process_index == 0:
+            logger.warning(note)
     return {
         "model": model,
         "processing_class": processor,

@@ -203,6 +203,7 @@ def test_both_shapes_of_conversations_are_read() -> None:
         ({"min_p_yes": 1.5, "model": "m"}, "`min_p_yes` must be between 0 and 1, got 1.5"),
         ({"min_p_yes": 0.5}, "`min_p_yes` is about a judge: give its `model`"),
         ({"server": ["http://h/v1"]}, "`server` is about a judge: give its `model`"),
+        ({"images": "head", "model": "m"}, "`images: head` lets broken pictures pass"),
         ({"workers": 0}, "`workers` must be at least 1"),
     ],
 )
@@ -447,6 +448,7 @@ def test_p_yes_of_words_that_cannot_be_is_not_known() -> None:
         (sure("Yes, I think", 0.9, 0.1), 0.5, "the judge gave no verdict"),
         (Completion("<think>x</think>Yes", "stop", first_logps=(("<think>", 0.0),)), 0.5, "P(Yes) unknown"),
         (Completion("<think>x</think>Yes", "stop", first_logps=(("<think>", 0.0),)), None, None),
+        (Completion("<think>x</think>No", "stop", first_logps=(("Yes", -1.0), ("No", -9.0))), 0.5, "P(Yes) unknown"),
         (Completion("", "error", "too long"), 0.5, "the judge failed"),
     ],
 )

@@ -1,10 +1,12 @@
 """`mpo sft` and its trainer: what is learned and weighed, packed rows against padded ones, stages, rates and tiles."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +14,25 @@ import torch
 import trl
 from conftest import QUIET_TRAINING, task_pairs
 from datasets import Dataset, Features, Image, Json, List
+from faulty_server import FaultyServer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, build, picture
 from tiny_runs import save_models
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaNextConfig,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from data_builders.hf_sampler import HFSampler
 from data_builders.images import load_image
 from data_builders.records import InputError, Row, Summary
 from data_builders.samplers import Request, SamplingSettings
+from data_builders.server_sampler import ServerSampler
 from data_builders.shards import read_rows, write_rows
 from mpo.cli import run_verb
 from mpo.config import SFTConfig
@@ -174,6 +185,26 @@ def test_a_packed_batch_has_no_padding_and_its_rows_are_bounded(folders: dict[st
     one = trained(folders["llava"], answered(), tmp_path / "one", packing=True)
     two = trained(folders["llava"], answered(), tmp_path / "two", packing=True, max_forest_tokens=2 * max(lengths))
     check_same_step(two, one, folders["llava"])
+
+
+def test_rows_that_are_tokenized_already_keep_their_masks(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
+        {"input_ids": [5, 6, 7, 8]},
+    ]
+    collator = make(folders["text"], Dataset.from_list(rows[2:]), tmp_path, packing=True).data_collator
+    learned = [collator([row])["completion_mask"].sum().item() for row in rows]
+    assert learned == [1, 1, 3]  # of a row that is learned whole all but the first, which nothing predicts
+
+
+def test_tools_may_be_json_as_trl_takes_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    segmenter = make(
+        folders["text"], Dataset.from_list([{"text": "a"}]), tmp_path, packing=True
+    ).data_collator.segmenter
+    segmenter.processor.chat_template = "{{ tools[0].name }}:" + segmenter.processor.chat_template
+    row = {"messages": [user("a"), assistant("b")], "tools": '[{"name": "look"}]'}
+    assert segmenter(row)[0].text.startswith("look:")
 
 
 def learned_texts(trainer: Any, row: dict[str, Any]) -> list[str]:
@@ -356,6 +387,7 @@ def test_what_cannot_be_packed_or_weighed_is_refused_with_a_reason(folders: dict
         packing_strategy="wrapped",
     )
     refused(llava, answered(), tmp_path, "must be token, sample or square, got 'mean'", loss_reduction="mean")
+    refused(llava, talks(), tmp_path, "cannot be used with `label_smoothing_factor`", label_smoothing_factor=0.1)
     silent = Dataset.from_list([{"images": [], "messages": [user("Hi")]}], features=talks().features)
     refused(llava, silent, tmp_path, "has no assistant's turn", per_device_train_batch_size=1)
     with pytest.raises(TypeError, match="`args` must be `mpo.SFTConfig`, got SFTConfig"):
@@ -516,6 +548,7 @@ def test_a_chain_that_is_done_is_left_alone_and_other_settings_are_refused(task:
         ([{"name": "a"}, {"name": "a"}], "has 'a' twice"),
         ([{"name": "a", "output_dir": "x"}], "stage 'a' sets `stages` or `output_dir`"),
         ([{"name": "a", "learning_rat": 1}], "unknown setting `learning_rat`"),
+        ([{"name": "a", "learning_rate": 1e-3, "lr": {"rule": "mm1"}}], "both `lr` and `learning_rate`"),
     ],
 )
 def test_stages_that_cannot_be_run_are_refused_with_a_reason(
@@ -589,6 +622,31 @@ def test_the_next_run_and_pairs_take_the_tiles_that_a_model_was_trained_on(task:
     given |= {"precompute_ref_log_probs": "true", "ref_logps_dir": tmp_path / "reference", "report_to": "none"}
     run_verb("train", [word for name, value in given.items() for word in (f"--{name}", str(value))])
     assert load_tiling(tmp_path / "mpo") == Tiling(**TILING)
+    (first, *_) = json.loads((tmp_path / "mpo" / "trainer_state.json").read_text())["log_history"]
+    assert first["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference saw the same tiles
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    others = {**TILING, "n_max": 2}
+    given |= {"output_dir": tmp_path / "others", "tiling": json.dumps(others)}
+    run_verb("train", [word for name, value in given.items() for word in (f"--{name}", str(value))])
+    (first, *_) = json.loads((tmp_path / "others" / "trainer_state.json").read_text())["log_history"]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert len(list((tmp_path / "reference").glob("*"))) == 2
+
+
+def test_a_server_is_sent_the_tiles_that_a_model_was_trained_on(task: Path, tmp_path: Path) -> None:
+    sft(task, tmp_path / "tiled", tiling=TILING, max_steps=1)
+    row = next(read_rows(task / "sft.jsonl"))
+    request = Request(row["prompt"][0]["content"], tuple(row["images"]))
+    with FaultyServer() as server:
+        sampler = ServerSampler("tiny", [server.address], image_root=task, tokenizer=str(tmp_path / "tiled"))
+        sampler.sample([request], 1, SamplingSettings(max_new_tokens=2))
+        whole = ServerSampler("tiny", [server.address], image_root=task)
+        whole.sample([request], 1, SamplingSettings(max_new_tokens=2))
+    tiled, untiled = (call["messages"][0]["content"] for call in server.calls[-2:])
+    (plan,) = Tiling(**TILING).plans([load_image(task, row["images"][0]).size])
+    assert [part["type"] for part in tiled].count("image_url") == plan.num_views > 2
+    assert [part.get("text") for part in tiled][0] == "(1,1,1)"
+    assert [part["type"] for part in untiled] == ["image_url", "text"]
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision", "idefics3", "smolvlm"])
@@ -608,6 +666,20 @@ def test_a_processor_that_cuts_by_itself_is_given_the_numbers(name: str, folders
     assert num_tokens(1) < num_tokens(4)
     with pytest.raises(InputError, match="own processor cuts pictures, into tiles of its own size"):
         set_own_tiling(processor, model.config, Tiling("internvl", n_min=1, n_max=4, indicator="index"))
+
+
+def test_grids_in_a_config_that_an_adapter_does_not_hold_are_refused(folders: dict[str, Path]) -> None:
+    processor = AutoProcessor.from_pretrained(folders["llava_onevision"])
+    config = AutoModelForImageTextToText.from_pretrained(folders["llava_onevision"]).config
+    with pytest.raises(InputError, match="keeps the grids of tiles in its config"):
+        set_own_tiling(processor, config, Tiling("internvl", n_min=1, n_max=4), has_adapter=True)
+
+
+def test_grids_of_a_processor_that_scales_by_the_shorter_side_have_its_crops_sides() -> None:
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    config = LlavaNextConfig()
+    set_own_tiling(SimpleNamespace(image_processor=images), config, Tiling("internvl", n_min=1, n_max=2))
+    assert config.image_grid_pinpoints == images.image_grid_pinpoints == [[336, 336], [336, 672], [672, 336]]
 
 
 def test_numbers_of_tiles_are_saved_with_a_processor_that_cuts_by_itself(

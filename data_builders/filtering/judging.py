@@ -116,7 +116,8 @@ def _rendered(prompt: PromptTemplate, row: Row) -> str:
 def _opinion(reply: Completion, origin: Row) -> Opinion:
     if reply.error:
         return Opinion(None, None, {**origin, "error": reply.error[:MAX_REPLY_CHARS]})
-    p_yes = None if reply.first_logps is None else yes_probability(reply.first_logps)
+    thought = "</think>" in reply.text  # then the first token is no verdict
+    p_yes = None if thought or reply.first_logps is None else yes_probability(reply.first_logps)
     known = {} if p_yes is None else {"p_yes": p_yes}
     return Opinion(read_verdict(reply.text), p_yes, {**origin, **known, "reply": reply.text[:MAX_REPLY_CHARS]})
 

@@ -175,14 +175,13 @@ def save_tiling(tiling: Tiling, folder: Path) -> None:
     write_text(folder / TILING_FILE, json.dumps(asdict(tiling), indent=1) + "\n")
 
 
-def load_tiling(folder: str | Path) -> Tiling | None:
-    """How the pictures of a model are cut; None where its folder says nothing, and for names that are no folder.
+def load_tiling(folder: str | Path | None) -> Tiling | None:
+    """How the pictures of a model are cut; None where its folder says nothing, and for what is no folder.
 
     Raises:
         InputError: The file is broken.
     """
-    path = Path(folder) / TILING_FILE
-    if not path.is_file():
+    if not folder or not (path := Path(folder) / TILING_FILE).is_file():
         return None
     try:
         return Tiling(**json.loads(path.read_text(encoding="utf-8")))
