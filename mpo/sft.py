@@ -21,7 +21,7 @@ from mpo.models import base_of
 from mpo.settings import build_settings
 from mpo.sft_trainer import SFTTrainer
 from mpo.stages import RunVerb, Stage, run_stages
-from mpo.training import StageConfig, claim_output, data_tiling, prepare, train_and_save
+from mpo.training import StageConfig, claim_output, data_tiling, prepare, release, train_and_save
 
 
 @dataclass
@@ -77,6 +77,7 @@ def _train(config: SFTStageConfig, model_config: ModelConfig, args: SFTConfig, *
     claim_output(config, model_config, args)
     trainer = SFTTrainer(args=args, **parts)
     metrics = train_and_save(trainer, data_tiling(config, model_config, parts["processing_class"]))
+    release(trainer)
     rows = [
         ["rows", f"{len(parts['train_dataset']):,}"],
         ["optimizer steps", f"{metrics.get('step', 0):,}"],

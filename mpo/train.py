@@ -9,7 +9,7 @@ from data_builders.records import Summary
 from mpo.config import MPOConfig
 from mpo.data import preference_dataset
 from mpo.trainer import MPOTrainer
-from mpo.training import StageConfig, claim_output, data_tiling, prepare, train_and_save
+from mpo.training import StageConfig, claim_output, data_tiling, prepare, release, train_and_save
 
 CONFIGS = (StageConfig, ModelConfig, MPOConfig)
 
@@ -24,6 +24,7 @@ def run(config: StageConfig, model_config: ModelConfig, args: MPOConfig) -> Summ
     claim_output(config, model_config, args)
     trainer = MPOTrainer(args=args, **parts)
     metrics = train_and_save(trainer, data_tiling(config, model_config, parts["processing_class"]))
+    release(trainer)
     return _summary(args, len(trainer.train_dataset), metrics, trainer.notes)
 
 

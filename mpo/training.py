@@ -6,7 +6,8 @@ The loop itself is transformers'.
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -364,3 +366,36 @@ def _move_in(staging: Path, output_dir: Path) -> None:
             shutil.rmtree(target)
         path.replace(target)
     staging.rmdir()
+
+
+def release(trainer: Trainer) -> None:
+    """Gives back what a trainer that is done holds in memory: weights, gradients, and states of the optimizer.
+
+    Python frees most of it only when it looks for circles, and DeepSpeed's engines stay for the life of the process,
+    so that of several runs in one process the last would find no room.
+    """
+    engine = getattr(trainer, "deepspeed", None)
+    holders = [trainer.model, trainer.optimizer, *([engine, engine.optimizer] if engine is not None else [])]
+    for tensor in _tensors_of(holders, set()):
+        tensor.data = tensor.new_empty(0)
+    trainer.accelerator.free_memory()
+
+
+def _tensors_of(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors that something holds, through containers, modules, optimizers and DeepSpeed's own objects."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        inside: Iterable[Any] = [value.grad, *vars(value).values()] if isinstance(value, nn.Parameter) else ()
+    elif isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, list | tuple | set | deque):
+        inside = value
+    elif isinstance(value, nn.Module | torch.optim.Optimizer) or type(value).__module__.startswith("deepspeed."):
+        inside = vars(value).values()
+    else:
+        return
+    for each in list(inside):
+        yield from _tensors_of(each, seen)

@@ -282,6 +282,9 @@ def verbs_done(task: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
     (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
     alone_sft = {"output_dir": folder / "sft_alone", "per_device_train_batch_size": 4}
     run_verb("sft", ["--config", str(folder / "sft.yaml"), *words(alone_sft)])
+    stages = {"stages": json.dumps([{"name": "first"}, {"name": "second", "packing": True}])}
+    chain_alone = {**alone_sft, "output_dir": folder / "chain_alone", **stages}
+    run_verb("sft", ["--config", str(folder / "sft.yaml"), *words(chain_alone)])
     asked = {"models": task / "model", "questions": task / "questions.jsonl", "image_root": task, "shard_size": 2}
     asked |= {"max_new_tokens": 4, "device": "cpu"}
     run_verb("eval", words({**asked, "output": folder / "eval_alone"}))
@@ -290,6 +293,7 @@ def verbs_done(task: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
         train,
         train,
         ["sft", "--config", "sft.yaml", *words(zero("zero3"))],
+        ["sft", "--config", "sft.yaml", *words({**zero("zero3"), **stages, "output_dir": "chain"})],
         ["reference", *words(pairs)],
     ]
     run_verbs(folder, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], verbs)
@@ -305,6 +309,15 @@ def test_fine_tuning_under_zero_has_the_losses_of_one_process(verbs_done: Path) 
     assert len(logged(verbs_done / "sft")) == 2
     assert logged(verbs_done / "sft") == pytest.approx(logged(verbs_done / "sft_alone"), abs=SAME)
     assert logged(verbs_done / "sft", "learning_rate/vision") == [5e-4, 5e-4]
+
+
+def test_stages_under_zero_have_the_losses_of_one_process(verbs_done: Path) -> None:
+    for name in ("first", "second"):
+        found, expected = logged(verbs_done / "chain" / name), logged(verbs_done / "chain_alone" / name)
+        assert len(found) == 2
+        assert found == pytest.approx(expected, abs=SAME)
+    record = json.loads((verbs_done / "chain" / "progress.json").read_text())
+    assert list(record) == ["first", "second"]
 
 
 def test_a_sharded_model_fills_the_cache_of_reference_log_probs(verbs_done: Path) -> None:

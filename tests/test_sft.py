@@ -43,7 +43,7 @@ from mpo.settings import read_values
 from mpo.sft import CONFIGS, plan_stages
 from mpo.sft_trainer import SFTTrainer
 from mpo.tiling import Tiling, load_tiling
-from mpo.training import read_tiling
+from mpo.training import read_tiling, release
 from mpo.training import tiled as with_tiles
 
 SETTINGS: dict[str, Any] = {
@@ -349,6 +349,15 @@ def test_zero_3_takes_the_same_step_where_micro_batches_have_no_picture(
     losses, model = on_two_ranks(folders["llava"], answered(ANSWERS), tmp_path, **settings, **single)
     assert losses == pytest.approx(losses_of(whole), abs=2e-5)
     assert distance(model, whole.model) < 3e-6
+
+
+def test_a_trainer_that_is_done_gives_its_memory_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = trained(folders["llava"], answered(), tmp_path, optim="adamw_torch")
+    held = [*trainer.model.parameters(), *trainer.model.buffers()]
+    held += [value for state in trainer.optimizer.state.values() for value in state.values()]
+    assert sum(tensor.numel() for tensor in held) > 100_000
+    release(trainer)
+    assert sum(tensor.numel() for tensor in held) == 0
 
 
 def test_adapters_learn_the_same_from_packed_rows(folders: dict[str, Path], tmp_path: Path) -> None:
