@@ -17,11 +17,13 @@ from data_builders.records import InputError, Row, Summary
 from mpo.config import SFTConfig
 from mpo.data import sft_dataset
 from mpo.learning_rates import rates_of
+from mpo.memory import release
 from mpo.models import base_of
 from mpo.settings import build_settings
 from mpo.sft_trainer import SFTTrainer
 from mpo.stages import RunVerb, Stage, run_stages
-from mpo.training import StageConfig, claim_output, data_tiling, prepare, release, train_and_save
+from mpo.tiled_data import data_tiling
+from mpo.training import StageConfig, claim_output, prepare, train_and_save
 
 
 @dataclass
@@ -76,7 +78,8 @@ def _train(config: SFTStageConfig, model_config: ModelConfig, args: SFTConfig, *
         args.learning_rate, args.weight_decay = learning_rate, args.weight_decay if sets_decay else weight_decay
     claim_output(config, model_config, args)
     trainer = SFTTrainer(args=args, **parts)
-    metrics = train_and_save(trainer, data_tiling(config, model_config, parts["processing_class"]))
+    tiling = data_tiling(config.tiling, model_config.model_name_or_path, parts["processing_class"])
+    metrics = train_and_save(trainer, tiling)
     release(trainer)
     rows = [
         ["rows", f"{len(parts['train_dataset']):,}"],

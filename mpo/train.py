@@ -8,8 +8,10 @@ from trl import ModelConfig
 from data_builders.records import Summary
 from mpo.config import MPOConfig
 from mpo.data import preference_dataset
+from mpo.memory import release
+from mpo.tiled_data import data_tiling
 from mpo.trainer import MPOTrainer
-from mpo.training import StageConfig, claim_output, data_tiling, prepare, release, train_and_save
+from mpo.training import StageConfig, claim_output, prepare, train_and_save
 
 CONFIGS = (StageConfig, ModelConfig, MPOConfig)
 
@@ -23,7 +25,8 @@ def run(config: StageConfig, model_config: ModelConfig, args: MPOConfig) -> Summ
     parts = prepare(config, model_config, args, preference_dataset)
     claim_output(config, model_config, args)
     trainer = MPOTrainer(args=args, **parts)
-    metrics = train_and_save(trainer, data_tiling(config, model_config, parts["processing_class"]))
+    tiling = data_tiling(config.tiling, model_config.model_name_or_path, parts["processing_class"])
+    metrics = train_and_save(trainer, tiling)
     release(trainer)
     return _summary(args, len(trainer.train_dataset), metrics, trainer.notes)
 

@@ -6,19 +6,15 @@ The loop itself is transformers'.
 import json
 import logging
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
-from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from data_builders.hf_sampler import load_processor
@@ -33,13 +29,13 @@ from mpo.models import (
     lora_targets,
     part_of,
     set_own_tiling,
-    tiles_pictures,
     train_parts,
 )
 from mpo.optimizers import check_rates
 from mpo.provenance import add_start
 from mpo.sources import local_path
-from mpo.tiling import Tiling, load_tiling, save_tiling, tile_batch
+from mpo.tiled_data import KeepsTiling, data_tiling, read_tiling, tiled
+from mpo.tiling import Tiling, save_tiling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,7 +124,7 @@ def prepare(
         revision=model_config.model_revision,
         quantization_config=get_quantization_config(model_config),
     )
-    tiling = data_tiling(config, model_config, processor)
+    tiling = data_tiling(config.tiling, name, processor)
     if config.tiling and tiling is None:
         has_adapter = model_config.use_peft or is_adapter(name)
         note = set_own_tiling(processor, base_of(model).config, read_tiling(config.tiling), has_adapter=has_adapter)
@@ -141,47 +137,6 @@ def prepare(
         "eval_dataset": tiled(eval_dataset, tiling),
         "peft_config": choose_parts(model, config, model_config, args.part_learning_rates or {}),
     }
-
-
-def read_tiling(settings: Row) -> Tiling:
-    """The tiling that the settings describe.
-
-    Raises:
-        InputError: A setting is missing, unknown or out of its range.
-    """
-    known = [field.name for field in fields(Tiling)]
-    takes = f"It takes {', '.join(known)}."
-    if unknown := [name for name in settings if name not in known]:
-        raise InputError(f"`tiling` has no setting `{unknown[0]}`. {takes}")
-    try:
-        return TypeAdapter(Tiling).validate_python(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        reason = first.get("ctx", {}).get("error", f"`{name}`: {first['msg']}.")
-        raise InputError(f"`tiling` is {settings}: {reason} {takes}") from error
-
-
-def data_tiling(config: StageConfig, model_config: ModelConfig, processor: Any) -> Tiling | None:
-    """How the pictures of the data are cut before the processor sees them; None where that is its own business.
-
-    Raises:
-        InputError: The settings, or the model's own `tiling.json`, describe none.
-    """
-    if config.tiling:
-        return None if tiles_pictures(processor) else read_tiling(config.tiling)
-    return load_tiling(model_config.model_name_or_path)
-
-
-def tiled(dataset: "Dataset | None", tiling: Tiling | None) -> "Dataset | None":
-    """The rows with their pictures cut as they are read; those without pictures, or tiling, as they are."""
-    if dataset is None or tiling is None or "images" not in dataset.column_names:
-        return dataset
-    return dataset.with_transform(partial(tile_batch, load=_as_it_is, tiling=tiling))
-
-
-def _as_it_is(picture: Any) -> Any:
-    return picture
 
 
 def check_adapters(config: StageConfig, model_config: ModelConfig) -> None:
@@ -293,7 +248,7 @@ def train_and_save(trainer: Trainer, tiling: Tiling | None = None) -> Row:
         The metrics of the run: the last logged value of each.
     """
     if tiling:
-        trainer.add_callback(_KeepsTiling(tiling))
+        trainer.add_callback(KeepsTiling(tiling))
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
@@ -331,18 +286,6 @@ def _is_whole(output_dir: Path) -> bool:
     return any((output_dir / name).is_file() for name in _LAST)
 
 
-class _KeepsTiling(TrainerCallback):
-    """Writes into checkpoints how the pictures of their training were cut."""
-
-    def __init__(self, tiling: Tiling) -> None:
-        self.tiling = tiling
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            save_tiling(self.tiling, folder)
-
-
 def _save_whole(trainer: Trainer, output_dir: Path, tiling: Tiling | None) -> None:
     """Writes the final model beside and moves it in, `config.json` last: a folder that has one can be loaded."""
     staging = output_dir / ".saving"
@@ -366,36 +309,3 @@ def _move_in(staging: Path, output_dir: Path) -> None:
             shutil.rmtree(target)
         path.replace(target)
     staging.rmdir()
-
-
-def release(trainer: Trainer) -> None:
-    """Gives back what a trainer that is done holds in memory: weights, gradients, and states of the optimizer.
-
-    Python frees most of it only when it looks for circles, and DeepSpeed's engines stay for the life of the process,
-    so that of several runs in one process the last would find no room.
-    """
-    engine = getattr(trainer, "deepspeed", None)
-    holders = [trainer.model, trainer.optimizer, *([engine, engine.optimizer] if engine is not None else [])]
-    for tensor in _tensors_of(holders, set()):
-        tensor.data = tensor.new_empty(0)
-    trainer.accelerator.free_memory()
-
-
-def _tensors_of(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """The tensors that something holds, through containers, modules, optimizers and DeepSpeed's own objects."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        yield value
-        inside: Iterable[Any] = [value.grad, *vars(value).values()] if isinstance(value, nn.Parameter) else ()
-    elif isinstance(value, dict):
-        inside = value.values()
-    elif isinstance(value, list | tuple | set | deque):
-        inside = value
-    elif isinstance(value, nn.Module | torch.optim.Optimizer) or type(value).__module__.startswith("deepspeed."):
-        inside = vars(value).values()
-    else:
-        return
-    for each in list(inside):
-        yield from _tensors_of(each, seen)

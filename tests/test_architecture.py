@@ -134,6 +134,8 @@ FLOORS = {
     "mpo.diagnoses": 6,
     "mpo.forest_collators": 6,
     "mpo.reference_cache": 7,
+    "mpo.memory": 3,
+    "mpo.tiled_data": 5,
     "mpo.training": 6,
     "mpo.data": 6,
     "mpo.groups": 3,

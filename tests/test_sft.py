@@ -38,13 +38,14 @@ from mpo.cli import run_verb
 from mpo.config import SFTConfig
 from mpo.data import sft_dataset
 from mpo.learning_rates import mm1_rates, rates_of
+from mpo.memory import release
 from mpo.models import set_own_tiling, tiles_pictures
 from mpo.settings import read_values
 from mpo.sft import CONFIGS, plan_stages
 from mpo.sft_trainer import SFTTrainer
+from mpo.tiled_data import read_tiling
+from mpo.tiled_data import tiled as with_tiles
 from mpo.tiling import Tiling, load_tiling
-from mpo.training import read_tiling, release
-from mpo.training import tiled as with_tiles
 
 SETTINGS: dict[str, Any] = {
     **QUIET_TRAINING,

@@ -40,8 +40,9 @@ from mpo.planning.problems import (
 )
 from mpo.planning.survey import Collected, Measured, Sharing, collect, largest_plain, measure, share
 from mpo.planning.versions import Installed, check_versions
+from mpo.tiled_data import read_tiling
 from mpo.tiling import load_tiling
-from mpo.training import StageConfig, check_adapters, choose_parts, read_tiling
+from mpo.training import StageConfig, check_adapters, choose_parts
 
 AS_THEY_COME, BY_QUESTION = "rows at random", "group_by_question"
 _ASSUMED_RESPONSE = 1024  # tokens, where there are no data; MMPR's responses have 300 to 350 on average
