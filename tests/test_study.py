@@ -213,7 +213,7 @@ def test_answers_are_measured_by_hand() -> None:
     found = module("measures").measure_answers(answers)
     assert (found["cot"], found["direct"], found["num"]) == (0.0, 100.0, 2)
     assert found["reading"] == 100 * 7 / 8
-    assert found["hallucination"] == 100 / 6  # of six places at which picture and context disagree
+    assert found["hallucination"] == pytest.approx(100 / 6)  # of six places at which picture and context disagree
     assert module("measures").unpack(found["hallucinated_bits"], 2).tolist() == [True, False]
     assert found["consistent"] == 50.0  # 3 + 4 + 1 + 1 is 9; three digits are larger than 4
     assert found["characters"] == (80 + 79) / 2

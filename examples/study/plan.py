@@ -6,6 +6,7 @@ best mean accuracy is then taken for all seeds. Runs come in an order in which s
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,16 +109,14 @@ def _missing(study: Study, claim: Row) -> bool:
 
 
 def plan(study: Study) -> list[Job]:
-    """All jobs before the test scans are read: tuning first, then the other seeds, task by task."""
+    """All jobs before the test scans are read: what is shared, then method by method, the tasks taking turns."""
     others = [seed for seed in study.seeds if seed not in study.tuning_seeds]
-    jobs = [Job("base", base, seed) for seed in study.tuning_seeds for base in study.bases]
-    for task, settings in study.tasks.items():
-        for method in study.tuned(task):
-            rates = settings["learning_rates"]
+    jobs = [Job("base", base, seed) for seed in (*study.tuning_seeds, *others) for base in study.bases]
+    for turn in zip_longest(*([(task, method) for method in study.tuned(task)] for task in study.tasks)):
+        for task, method in filter(None, turn):
+            rates = study.tasks[task]["learning_rates"]
             jobs += [Job("train", task, seed, method, rate) for rate in rates for seed in study.tuning_seeds]
-    for seed in others:
-        jobs += [Job("base", base, seed) for base in study.bases]
-        jobs += [Job("train", task, seed, method) for task in study.tasks for method in study.tuned(task)]
+            jobs += [Job("train", task, seed, method) for seed in others]
     for task, settings in study.tasks.items():
         late = [name for name in settings["methods"] if "rate_of" in study.methods[name]]
         jobs += [Job("train", task, seed, method) for method in late for seed in study.seeds]
