@@ -5,7 +5,7 @@ best mean accuracy is then taken for all seeds. Runs come in an order in which s
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -111,12 +111,16 @@ def _missing(study: Study, claim: Row) -> bool:
 def plan(study: Study) -> list[Job]:
     """All jobs before the test scans are read: what is shared, then method by method, the tasks taking turns."""
     others = [seed for seed in study.seeds if seed not in study.tuning_seeds]
-    jobs = [Job("base", base, seed) for seed in (*study.tuning_seeds, *others) for base in study.bases]
+    jobs = [Job("base", base, seed) for seed in study.tuning_seeds for base in study.bases]
+    later = [Job("base", base, seed) for seed in others for base in study.bases]
     for turn in zip_longest(*([(task, method) for method in study.tuned(task)] for task in study.tasks)):
-        for task, method in filter(None, turn):
+        here = [pair for pair in turn if pair]
+        for task, method in here:
             rates = study.tasks[task]["learning_rates"]
             jobs += [Job("train", task, seed, method, rate) for rate in rates for seed in study.tuning_seeds]
-            jobs += [Job("train", task, seed, method) for seed in others]
+        jobs += later
+        jobs += [Job("train", task, seed, method) for task, method in here for seed in others]
+        later = []
     for task, settings in study.tasks.items():
         late = [name for name in settings["methods"] if "rate_of" in study.methods[name]]
         jobs += [Job("train", task, seed, method) for method in late for seed in study.seeds]
@@ -128,17 +132,17 @@ def final_jobs(study: Study, records: Sequence[Row]) -> list[Job]:
     jobs = []
     for seed in study.seeds:
         for task, settings in study.tasks.items():
+            base = find(records, Job("base", settings["base"], seed))
             for method in (SFT, *settings["methods"]):
-                job = Job("test", task, seed, method)
-                if method == SFT or find(records, "train", job, chosen_rate(study, records, task, method)):
-                    jobs.append(job)
+                rate = chosen_rate(study, records, task, method)
+                if base and (method == SFT or find(records, Job("train", task, seed, method, rate))):
+                    jobs.append(Job("test", task, seed, method))
     return jobs
 
 
-def find(records: Iterable[Row], kind: str, job: Job, rate: float | None) -> Row | None:
-    """The record of a job, whatever kind it is itself, at a rate."""
-    wanted = (kind, job.task, job.seed, job.method, rate)
-    return next((row for row in records if key_of(row) == wanted), None)
+def find(records: Iterable[Row], job: Job) -> Row | None:
+    """The record of a job."""
+    return next((row for row in records if key_of(row) == key_of(asdict(job))), None)
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -166,7 +170,7 @@ def rate_means(study: Study, records: Sequence[Row], task: str, method: str) -> 
     """Mean development accuracy of the two prompt styles over the tuning seeds, by learning rate, in %."""
     means = {}
     for rate in study.tasks[task]["learning_rates"]:
-        rows = [find(records, "train", Job("train", task, seed, method), rate) for seed in study.tuning_seeds]
+        rows = [find(records, Job("train", task, seed, method, rate)) for seed in study.tuning_seeds]
         if None not in rows:
             means[rate] = sum(row["cot"] + row["direct"] for row in rows) / (2 * len(rows))
     return means

@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from data_builders.records import InputError, Row
 from data_builders.shards import read_rows
-from examples.study.plan import Job, Study, chosen_rate, final_jobs, key_of, plan, read_study
+from examples.study.plan import Job, Study, chosen_rate, final_jobs, find, plan, read_study
 
 FOLDER = Path(__file__).parent
 RESULTS = "results.jsonl"
@@ -159,14 +159,11 @@ def _with_rate(study: Study, job: Job, records: Sequence[Row]) -> Job | None:
 
 def _is_done(study: Study, job: Job, records: Sequence[Row]) -> bool:
     ready = _with_rate(study, job, records)
-    return ready is not None and key_of(asdict(ready)) in {key_of(record) for record in records}
+    return ready is not None and find(records, ready) is not None
 
 
 def _has_base(study: Study, job: Job, records: Sequence[Row]) -> bool:
-    if job.kind == "base":
-        return True
-    base = Job("base", study.tasks[job.task]["base"], job.seed)
-    return key_of(asdict(base)) in {key_of(record) for record in records}
+    return job.kind == "base" or find(records, Job("base", study.tasks[job.task]["base"], job.seed)) is not None
 
 
 if __name__ == "__main__":
