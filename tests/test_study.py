@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def test_answers_are_measured_by_hand() -> None:
     assert found["hallucination"] == pytest.approx(100 / 6)  # of six places at which picture and context disagree
     assert module("measures").unpack(found["hallucinated_bits"], 2).tolist() == [True, False]
     assert found["consistent"] == 50.0  # 3 + 4 + 1 + 1 is 9; three digits are larger than 4
-    assert found["characters"] == (80 + 79) / 2
+    assert found["characters"] == mean(len(row[1]) for row in rows[:2])
 
 
 def test_neighbours_follow_as_often_as_asked_and_only_where_asked() -> None:

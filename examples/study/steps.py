@@ -24,7 +24,6 @@ from examples.study.tasks import write_base
 from mpo.cli import run_verb
 from mpo.stages import Stage, run_stages
 
-_RATIOS = ("0.25", "0.5", "0.75")
 _LOGGED = ("step", "loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "reward_shift", "num_tokens")
 _PACKAGES = ("torch", "transformers", "trl")
 
@@ -97,27 +96,31 @@ def _base(study: Study, job: Job, output: Path) -> Row:
         _stage("sample open", "sample", verbs["sample"], {"model": model}, common, opened),
         _stage("judge", "judge", verbs["judge"], {"responses": at["responses"], "output": at["verdicts"]}),
         _stage("pair", "pair", verbs["pair"], {"verdicts": at["verdicts"]}, limit),
-        *_dropout_stages(study, folder, model, common, settings["ntp_pairs"]),
+        *_dropout_stages(study, job.task, folder, common),
     ]
     done = run_stages(stages, folder, run_verb)
     answers = _answers(study, model, folder, "development", folder / "development", job.seed)
-    pairs = {path.name: sum(1 for _ in read_stage(path)) for path in (folder / "pairs", *_pair_sets(folder))}
+    sets = [folder / "pairs", *sorted(folder.glob("ntp-*.jsonl"))]
+    pairs = {path.stem: sum(1 for _ in read_stage(path)) for path in sets}
     return {**measure_answers(answers), "pairs": pairs, "stages": {k: round(v["seconds"], 1) for k, v in done.items()}}
 
 
-def _dropout_stages(study: Study, folder: Path, model: str, common: Row, num: int) -> Iterable[Stage]:
-    """Each set of pairs is made whole, then cut to the same number."""
-    sets: dict[str, Row] = {f"ntp-{ratio}": {"ratio": float(ratio)} for ratio in _RATIOS}
-    sets["with-image"] = {"ratio": 0.5, "with_image": True}
-    for name, own in sets.items():
-        made, kept = folder / "made" / name, folder / f"{name}.jsonl"
-        own |= {"model": model, "responses": str(folder / "open_responses"), "output": str(made)}
-        yield _stage(name, "dropout-ntp", study.verbs["dropout-ntp"], common, own)
-        yield Stage(f"cut {name}", prepare=lambda m=made, k=kept: write_rows(k, islice(read_stage(m), num)))
+def _dropout_stages(study: Study, base: str, folder: Path, common: Row) -> Iterable[Stage]:
+    """Each set of pairs that a method of this base adds is made whole, then cut to the same number."""
+    num, model = study.bases[base]["ntp_pairs"], str(folder / "sft")
+    tasks = [task for task in study.tasks.values() if task["base"] == base]
+    methods = [study.methods[method] for task in tasks for method in task["methods"]]
+    for kept, own in {_ntp_file(folder, method): method["ntp"] for method in methods if "ntp" in method}.items():
+        made = folder / "made" / kept.stem
+        paths = {"model": model, "responses": str(folder / "open_responses"), "output": str(made)}
+        yield _stage(kept.stem, "dropout-ntp", study.verbs["dropout-ntp"], common, own, paths)
+        yield Stage(f"cut {kept.stem}", prepare=lambda m=made, k=kept: write_rows(k, islice(read_stage(m), num)))
 
 
-def _pair_sets(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jsonl"))
+def _ntp_file(folder: Path, method: Row) -> Path:
+    """Where the pairs lie that a method adds."""
+    suffix = "-with-image" if method["ntp"].get("with_image") else ""
+    return folder / f"ntp-{method['ntp']['ratio']}{suffix}.jsonl"
 
 
 def _answers(study: Study, model: str, folder: Path, split: str, into: Path, seed: int) -> list[Row]:
@@ -158,7 +161,7 @@ def _train(study: Study, job: Job, output: Path) -> Row:
 
 
 def _pairs_of(folder: Path, method: Row) -> list[Path]:
-    return [folder / "pairs", *([folder / f"{method['ntp']}.jsonl"] if "ntp" in method else [])]
+    return [folder / "pairs", *([_ntp_file(folder, method)] if "ntp" in method else [])]
 
 
 def _num_steps(study: Study, pairs: Path) -> int:
