@@ -113,17 +113,21 @@ def plan(study: Study) -> list[Job]:
     others = [seed for seed in study.seeds if seed not in study.tuning_seeds]
     jobs = [Job("base", base, seed) for seed in study.tuning_seeds for base in study.bases]
     later = [Job("base", base, seed) for seed in others for base in study.bases]
-    for turn in zip_longest(*([(task, method) for method in study.tuned(task)] for task in study.tasks)):
+    for turn in zip_longest(
+        *([(task, name) for name in settings["methods"]] for task, settings in study.tasks.items())
+    ):
         here = [pair for pair in turn if pair]
-        for task, method in here:
+        tuned = [(task, method) for task, method in here if "rate_of" not in study.methods[method]]
+        for task, method in tuned:
             rates = study.tasks[task]["learning_rates"]
             jobs += [Job("train", task, seed, method, rate) for rate in rates for seed in study.tuning_seeds]
         jobs += later
-        jobs += [Job("train", task, seed, method) for task, method in here for seed in others]
+        jobs += [
+            Job("train", task, seed, method)
+            for task, method in here
+            for seed in (others if (task, method) in tuned else study.seeds)
+        ]
         later = []
-    for task, settings in study.tasks.items():
-        late = [name for name in settings["methods"] if "rate_of" in study.methods[name]]
-        jobs += [Job("train", task, seed, method) for method in late for seed in study.seeds]
     return jobs
 
 

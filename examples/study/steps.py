@@ -165,7 +165,10 @@ def _pairs_of(folder: Path, method: Row) -> list[Path]:
 
 
 def _num_steps(study: Study, pairs: Path) -> int:
-    return -(-sum(1 for _ in read_stage(pairs)) // study.verbs["train"]["per_device_train_batch_size"])
+    """Optimizer steps that `mpo train` takes on pairs."""
+    train = study.verbs["train"]
+    batches = -(-sum(1 for _ in read_stage(pairs)) // train["per_device_train_batch_size"])
+    return batches * train["num_train_epochs"]
 
 
 def _further_sft(study: Study, folder: Path, model: Path, settings: Row) -> None:
