@@ -86,6 +86,7 @@ def _base(study: Study, job: Job, output: Path) -> Row:
     common, model = _common(folder, job.seed), str(folder / "sft")
     at = {name: str(folder / name) for name in ("responses", "open_responses", "verdicts", "pairs")}
     sft = {"model_name_or_path": str(folder / "base"), "data": str(folder / "data" / "sft.jsonl"), "output_dir": model}
+    sft["max_steps"] = settings["sft_steps"]
     asked = {"questions": str(folder / "data" / "questions.jsonl"), "output": at["responses"]}
     opened = {"questions": str(folder / "data" / "open.jsonl"), "output": at["open_responses"], "num_responses": 1}
     limit = {"max_per_source": settings["pairs_per_source"], "seed": job.seed, "output": at["pairs"]}
