@@ -43,7 +43,7 @@ def study() -> Any:
 
 
 @pytest.fixture
-def records() -> list[dict[str, Any]]:
+def rows() -> list[dict[str, Any]]:
     return list(read_rows(FOLDER / "results.jsonl"))
 
 
@@ -89,32 +89,27 @@ def test_every_method_of_a_task_is_tuned_alike(study: Any) -> None:
 
 
 def test_the_claims_and_methods_are_those_that_were_asked_for(study: Any) -> None:
-    assert set(study.tasks["digits"]["methods"]) == {
+    assert set(study.tasks["context"]["methods"]) == {
         *("further_sft", "rft", "dpo", "bco", "dpo_sft", "bco_sft", "mpo", "mpo_no_shift", "mpo_exponential"),
-        *("mpo_ntp_50", "mpo_grouped", "mpo_two_rounds"),
+        *("mpo_ntp_25", "mpo_ntp_50", "mpo_ntp_75", "mpo_with_image", "mpo_grouped", "mpo_two_rounds"),
+        *("mpo_light_sft", "dpo_moving", "mpo_moving", "mpo_ten_times"),
     }
-    assert {"mpo_ntp_25", "mpo_ntp_50", "mpo_ntp_75", "mpo"} <= set(study.tasks["context"]["methods"])
-    assert {claim["measure"] for claim in study.claims} == {"cot", "gap", "faithful"}
+    assert {claim["measure"] for claim in study.claims} == {"cot", "direct", "gap", "faithful"}
     assert {claim["is"] for claim in study.claims} == {"more", "not_less"}
 
 
 def test_the_rate_with_the_best_mean_over_both_styles_and_tuning_seeds_is_taken(study: Any) -> None:
     plan = module("plan")
-    accuracies = {(2e-4, 0): (50, 30), (2e-4, 1): (52, 30), (5e-4, 0): (60, 20), (5e-4, 1): (55, 30)}
+    accuracies = {(1e-4, 0): (50, 30), (1e-4, 1): (52, 30), (2.5e-4, 0): (60, 20), (2.5e-4, 1): (55, 30)}
     rows = [
-        record("train", "digits", seed, "mpo", rate, cot=cot, direct=direct)
+        record("train", "context", seed, "mpo", rate, cot=cot, direct=direct)
         for (rate, seed), (cot, direct) in accuracies.items()
     ]
-    assert plan.rate_means(study, rows, "digits", "mpo") == {2e-4: 40.5, 5e-4: 41.25}
-    assert plan.chosen_rate(study, rows, "digits", "mpo") is None  # the third rate is missing
-    rows += [record("train", "digits", seed, "mpo", 1.2e-3, cot=41.0, direct=41.0) for seed in (0, 1)]
-    assert plan.chosen_rate(study, rows, "digits", "mpo") == 5e-4
-    language = [
-        record("train", "language", seed, "mpo", rate, cot=1e5 * rate)
-        for rate in (6e-5, 2e-4, 6e-4)
-        for seed in (0, 1)
-    ]
-    assert plan.chosen_rate(study, language, "language", "mpo_ten_times") == pytest.approx(6e-3)
+    assert plan.rate_means(study, plan.by_job(rows), "context", "mpo") == {1e-4: 40.5, 2.5e-4: 41.25}
+    assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo") is None  # the third rate is missing
+    rows += [record("train", "context", seed, "mpo", 6e-4, cot=41.0, direct=41.0) for seed in (0, 1)]
+    assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo") == 2.5e-4
+    assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo_ten_times") == pytest.approx(2.5e-3)
 
 
 def test_jobs_wait_for_what_they_need_and_are_done_once(study: Any, tmp_path: Path) -> None:
@@ -132,10 +127,10 @@ def test_jobs_wait_for_what_they_need_and_are_done_once(study: Any, tmp_path: Pa
     assert Counter(job.kind for job in order) == {"base": 10, "train": len(jobs) - 10}
     assert all(job.rate for job in order if job.kind == "train")
     places = {(job.kind, job.task, job.seed): place for place, job in reversed(list(enumerate(order)))}
-    assert places["base", "digits", 3] < places["train", "language", 3]
+    assert places["base", "context", 3] < places["train", "context", 3]
     assert run.run_jobs(study, jobs, tmp_path, "", AtOnce(), 2, None, do)
     assert len(order) == len(jobs) == len(list(read_rows(results)))
-    tests = plan.final_jobs(study, list(read_rows(results)))
+    tests = plan.final_jobs(study, plan.by_job(read_rows(results)))
     assert Counter((job.task, job.method) for job in tests)["context", "sft"] == 5
     assert len(tests) == 5 * sum(1 + len(settings["methods"]) for settings in study.tasks.values())
 
@@ -149,11 +144,11 @@ def test_a_stopped_study_starts_nothing_new(study: Any, tmp_path: Path) -> None:
 
 def test_a_file_that_is_like_another_changes_it(study: Any, tmp_path: Path) -> None:
     quick = module("plan").read_study(FOLDER / "quick.yaml")
-    assert list(quick.tasks) == ["digits"]
+    assert list(quick.tasks) == ["context"]
     assert quick.verbs["train"] == study.verbs["train"]
-    assert quick.bases["digits"]["compose"] == "any"
-    assert {claim["task"] for claim in quick.claims} == {"digits"}
-    (tmp_path / "bad.yaml").write_text("like: study.yaml\ntasks: {digits: {methods: [mpo, magic]}}\n")
+    assert quick.bases["context"]["compose"] == "ascending"
+    assert {claim["task"] for claim in quick.claims} == {"context"}
+    (tmp_path / "bad.yaml").write_text("like: study.yaml\ntasks: {context: {methods: [mpo, magic]}}\n")
     (tmp_path / "study.yaml").write_text((FOLDER / "study.yaml").read_text())
     with pytest.raises(InputError, match=r"names \['magic'\], which is not described"):
         module("plan").read_study(tmp_path / "bad.yaml")
@@ -231,15 +226,21 @@ def test_neighbours_follow_as_often_as_asked_and_only_where_asked() -> None:
     assert (any_four[:, 1:] == (any_four[:, :-1] + 1) % 10).mean() == pytest.approx(0.1, abs=0.015)
 
 
+def tuning(study: Any) -> list[dict[str, Any]]:
+    """Runs that make 1e-4 MPO's rate: all alike, and the first counts."""
+    rates = study.tasks["context"]["learning_rates"]
+    return [record("train", "context", seed, "mpo", rate) for rate in rates for seed in study.tuning_seeds]
+
+
 def two_seeds(study: Any, better: list[list[int]], worse: list[list[int]]) -> Any:
     """The finding on the first claim, MPO over SFT, from the right and wrong answers of each seed."""
-    pack = module("measures").pack
+    pack, names = module("measures").pack, ("cot_bits", "direct_bits", "hallucinated_bits")
     rows = [
-        record("test", "digits", seed, method, 1.0, cot_bits=pack(bits), num=len(bits))
-        for method, seeds in (("mpo", better), ("sft", worse))
+        record("test", "context", seed, method, rate, num=len(bits), **dict.fromkeys(names, pack(bits)))
+        for method, rate, seeds in (("mpo", 1e-4, better), ("sft", 0.0, worse))
         for seed, bits in enumerate(seeds)
     ]
-    return module("claims").findings(study, rows)[0]
+    return module("claims").findings(study, module("plan").by_job([*rows, *tuning(study)]))[0]
 
 
 def test_a_paired_difference_and_its_interval_are_students(study: Any) -> None:
@@ -262,9 +263,9 @@ def test_p_values_are_students_and_corrected_by_holm() -> None:
     assert claims.holm([0.012, 0.04, math.nan, 0.02, 0.5]) == [True, False, False, False, False]  # 0.0125, then 0.0167
 
 
-def test_the_readme_holds_the_tables_that_the_results_give(study: Any, records: list[dict[str, Any]]) -> None:
+def test_the_readme_holds_the_tables_that_the_results_give(study: Any, rows: list[dict[str, Any]]) -> None:
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    tables = module("report").tables(study, records)
+    tables = module("report").tables(study, module("plan").by_job(rows))
     assert tables.keys() == set(re.findall(r"<!-- table: (\w+) -->", readme))
     for name, table in tables.items():
         assert f"<!-- table: {name} -->\n{table}<!-- end -->" in readme, (
@@ -274,10 +275,9 @@ def test_the_readme_holds_the_tables_that_the_results_give(study: Any, records: 
         assert (FOLDER / figure).stat().st_size > 10_000
 
 
-def test_every_line_of_the_results_can_be_traced_and_is_the_only_one(records: list[dict[str, Any]]) -> None:
-    keys = Counter(module("plan").key_of(row) for row in records)
-    assert max(keys.values()) == 1
-    for row in records:
+def test_every_line_of_the_results_can_be_traced_and_is_the_only_one(rows: list[dict[str, Any]]) -> None:
+    assert len(module("plan").by_job(rows)) == len(rows)
+    for row in rows:
         assert row["versions"].keys() == {"torch", "transformers", "trl"}
         assert row["command"].startswith("python -m examples.study.run")
         assert re.fullmatch(r"[0-9a-f]{7,}", row["commit"])
@@ -287,19 +287,19 @@ def test_every_line_of_the_results_can_be_traced_and_is_the_only_one(records: li
 
 def test_a_small_study_runs_to_its_report(tmp_path: Path) -> None:
     run, plan, report = module("run"), module("plan"), module("report")
+    base = {"sft_rows": SIZES["sft_rows"], "sft_steps": 100, "questions": 24}
     changes = {
         "like": str(FOLDER / "study.yaml"),
         "seeds": [0, 1],
         "development_questions": 12,
         "test_questions": 12,
-        "bases": {"digits": {"sft_rows": SIZES["sft_rows"], "questions": 24, "open_questions": 6}, "context": None},
+        "bases": {"context": {**base, "open_questions": 6, "share": 0.5}, "digits": None},
         "tasks": {
-            "digits": {"learning_rates": [1e-3], "methods": ["mpo", "further_sft", "mpo_two_rounds"]},
-            "language": None,
-            "context": None,
+            "context": {"learning_rates": [1e-3], "methods": ["mpo", "further_sft", "mpo_two_rounds"]},
+            "digits": None,
         },
         "verbs": {
-            "sft": {"max_steps": 100, "learning_rate": 2e-3},
+            "sft": {"learning_rate": 2e-3},
             "sample": {"prompt": "direct", "max_new_tokens": 6, "num_responses": 8},
             "train": {"logging_steps": 1, "per_device_train_batch_size": 4},
             "eval": {"max_new_tokens": SMALL["eval"]["max_new_tokens"]},
@@ -311,13 +311,13 @@ def test_a_small_study_runs_to_its_report(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     results.touch()
     assert run.run_jobs(study, plan.plan(study), tmp_path, "python -m", AtOnce(), 1, None)
-    looks = plan.final_jobs(study, list(read_rows(results)))
+    looks = plan.final_jobs(study, plan.by_job(read_rows(results)))
     assert run.run_jobs(study, looks, tmp_path, "python -m", AtOnce(), 1, None)
     rows = list(read_rows(results))
     assert Counter(row["kind"] for row in rows) == {"base": 2, "train": 6, "test": 8}
     two_rounds = next(row for row in rows if row["method"] == "mpo_two_rounds")
     assert two_rounds["steps"] >= 2
-    report.write_report(study, rows, tmp_path)
+    report.write_report(study, plan.by_job(rows), tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| MPO beats SFT | digits | MPO - SFT, cot: **" in page
+    assert "| MPO beats SFT | context | MPO - SFT, cot: **" in page
     assert (tmp_path / "claims.png").stat().st_size > 1000

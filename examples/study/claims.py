@@ -6,14 +6,14 @@ over seeds; one over questions, with these very models, is given beside it.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_builders.records import Row
 from examples.study.measures import unpack
-from examples.study.plan import Study
+from examples.study.plan import Records, Study, tests
 from mpo.quickstart import mean_interval
 
 MARGIN = 1.0  # points that "no worse" allows
@@ -62,14 +62,9 @@ def values(record: Row, measure: str) -> np.ndarray:
     return 100.0 * (~bits if measure == "faithful" else bits)
 
 
-def by_seed(records: Iterable[Row], task: str, method: str) -> dict[int, Row]:
-    """The test records of a method."""
-    return {r["seed"]: r for r in records if (r["kind"], r["task"], r["method"]) == ("test", task, method)}
-
-
-def findings(study: Study, records: Sequence[Row]) -> list[Finding]:
+def findings(study: Study, records: Records) -> list[Finding]:
     """Every claim with its verdict, in the order of the YAML."""
-    found = [_find(claim, records) for claim in study.claims]
+    found = [_find(study, claim, records) for claim in study.claims]
     firm = holm([finding.p for finding in found])
     return [
         Finding(**{**vars(finding), "holm": stays and finding.verdict in ("supported", "contradicted")})
@@ -77,8 +72,8 @@ def findings(study: Study, records: Sequence[Row]) -> list[Finding]:
     ]
 
 
-def _find(claim: Row, records: Sequence[Row]) -> Finding:
-    better, worse = (by_seed(records, claim["task"], claim[side]) for side in ("better", "worse"))
+def _find(study: Study, claim: Row, records: Records) -> Finding:
+    better, worse = (tests(study, records, claim["task"], claim[side]) for side in ("better", "worse"))
     seeds = sorted(better.keys() & worse.keys())
     gains = [values(better[seed], claim["measure"]) - values(worse[seed], claim["measure"]) for seed in seeds]
     means = [float(gain.mean()) for gain in gains]

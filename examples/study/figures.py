@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from data_builders.records import Row
 from examples.study.claims import MARGIN, Finding
-from examples.study.plan import Study, chosen_rate
+from examples.study.plan import Records, Study, runs
 
 mpl.use("Agg")
 
@@ -47,7 +47,7 @@ def draw_claims(found: Sequence[Finding], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_curves(study: Study, records: Sequence[Row], path: Path) -> None:
+def draw_curves(study: Study, records: Records, path: Path) -> None:
     """For each task a row: means over seeds of margin, chosen reward and loss by optimizer step."""
     figure = Figure(figsize=(10, 2.6 * len(study.tasks)), layout="constrained")
     grid = figure.subplots(len(study.tasks), len(_CURVES), squeeze=False)
@@ -56,7 +56,7 @@ def draw_curves(study: Study, records: Sequence[Row], path: Path) -> None:
     for line, (task, row) in enumerate(zip(study.tasks, grid, strict=True)):
         for axes, (name, title) in zip(row, _CURVES.items(), strict=True):
             for method in study.tasks[task]["methods"]:
-                _draw_curve(axes, _runs(study, records, task, method), name, study.name(method), of_method[method])
+                _draw_curve(axes, runs(study, records, task, method), name, study.name(method), of_method[method])
             axes.set_title(f"{task}: {title}", fontsize=9)
             axes.tick_params(labelsize=7)
             if name != "loss":
@@ -68,13 +68,8 @@ def draw_curves(study: Study, records: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _runs(study: Study, records: Sequence[Row], task: str, method: str) -> list[Row]:
-    wanted = ("train", task, method, chosen_rate(study, records, task, method))
-    return [row for row in records if (row["kind"], row["task"], row["method"], row["rate"]) == wanted]
-
-
-def _draw_curve(axes: Any, runs: Sequence[Row], name: str, label: str, color: Any) -> None:
-    curves = [run["curve"] for run in runs if name in run["curve"]]
+def _draw_curve(axes: Any, found: Sequence[Row], name: str, label: str, color: Any) -> None:
+    curves = [run["curve"] for run in found if name in run["curve"]]
     if curves:
         length = min(len(curve["step"]) for curve in curves)
         values = np.mean([curve[name][:length] for curve in curves], axis=0)

@@ -4,9 +4,8 @@ Every method of a task tries the same learning rates with the tuning seeds, on d
 best mean accuracy is then taken for all seeds. Runs come in an order in which stopping leaves whole comparisons.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,9 @@ class Job:
     seed: int
     method: str = ""
     rate: float | None = None
+
+
+Records = dict[Job, Row]  # lines of the results
 
 
 @dataclass(frozen=True)
@@ -109,52 +111,39 @@ def _missing(study: Study, claim: Row) -> bool:
 
 
 def plan(study: Study) -> list[Job]:
-    """All jobs before the test scans are read: what is shared, then method by method, the tasks taking turns."""
+    """All jobs before the test scans are read: method by method, so that stopping leaves whole comparisons."""
     others = [seed for seed in study.seeds if seed not in study.tuning_seeds]
-    jobs = [Job("base", base, seed) for seed in study.tuning_seeds for base in study.bases]
-    later = [Job("base", base, seed) for seed in others for base in study.bases]
-    for turn in zip_longest(
-        *([(task, name) for name in settings["methods"]] for task, settings in study.tasks.items())
-    ):
-        here = [pair for pair in turn if pair]
-        tuned = [(task, method) for task, method in here if "rate_of" not in study.methods[method]]
-        for task, method in tuned:
-            rates = study.tasks[task]["learning_rates"]
+    jobs: list[Job] = []
+    for task, settings in study.tasks.items():
+        for method in settings["methods"]:
+            tuned = "rate_of" not in study.methods[method]
+            jobs += [Job("base", settings["base"], seed) for seed in study.tuning_seeds]
+            rates = settings["learning_rates"] if tuned else []
             jobs += [Job("train", task, seed, method, rate) for rate in rates for seed in study.tuning_seeds]
-        jobs += later
-        jobs += [
-            Job("train", task, seed, method)
-            for task, method in here
-            for seed in (others if (task, method) in tuned else study.seeds)
-        ]
-        later = []
-    return jobs
+            jobs += [Job("base", settings["base"], seed) for seed in others]
+            jobs += [Job("train", task, seed, method) for seed in (others if tuned else study.seeds)]
+    return list(dict.fromkeys(jobs))  # bases stand where they are needed first
 
 
-def final_jobs(study: Study, records: Sequence[Row]) -> list[Job]:
+def final_jobs(study: Study, records: Records) -> list[Job]:
     """A look at the test scans for every method that has been trained with its chosen rate, seed by seed."""
     jobs = []
     for seed in study.seeds:
         for task, settings in study.tasks.items():
-            base = find(records, Job("base", settings["base"], seed))
+            made = Job("base", settings["base"], seed) in records
             for method in (SFT, *settings["methods"]):
                 rate = chosen_rate(study, records, task, method)
-                if base and (method == SFT or find(records, Job("train", task, seed, method, rate))):
+                if made and (method == SFT or Job("train", task, seed, method, rate) in records):
                     jobs.append(Job("test", task, seed, method))
     return jobs
 
 
-def find(records: Iterable[Row], job: Job) -> Row | None:
-    """The record of a job."""
-    return next((row for row in records if key_of(row) == key_of(asdict(job))), None)
+def by_job(rows: Iterable[Row]) -> Records:
+    """Lines of the results by the job that they came of."""
+    return {Job(**{part.name: row[part.name] for part in fields(Job)}): row for row in rows}
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
-    """What a record is the only one of."""
-    return tuple(row[name] for name in ("kind", "task", "seed", "method", "rate"))
-
-
-def chosen_rate(study: Study, records: Sequence[Row], task: str, method: str) -> float | None:
+def chosen_rate(study: Study, records: Records, task: str, method: str) -> float | None:
     """The rate with the best mean development accuracy, CoT and Direct alike; None while runs are missing.
 
     A method with `rate_of` takes a multiple of another one's rate. SFT, which is trained no further, has rate 0.
@@ -170,11 +159,25 @@ def chosen_rate(study: Study, records: Sequence[Row], task: str, method: str) ->
     return max(means, key=lambda rate: means[rate]) if complete else None
 
 
-def rate_means(study: Study, records: Sequence[Row], task: str, method: str) -> dict[float, float]:
+def rate_means(study: Study, records: Records, task: str, method: str) -> dict[float, float]:
     """Mean development accuracy of the two prompt styles over the tuning seeds, by learning rate, in %."""
     means = {}
     for rate in study.tasks[task]["learning_rates"]:
-        rows = [find(records, Job("train", task, seed, method, rate)) for seed in study.tuning_seeds]
+        rows = [records.get(Job("train", task, seed, method, rate)) for seed in study.tuning_seeds]
         if None not in rows:
             means[rate] = sum(row["cot"] + row["direct"] for row in rows) / (2 * len(rows))
     return means
+
+
+def runs(study: Study, records: Records, task: str, method: str) -> list[Row]:
+    """The training runs of a method at its chosen rate, by seed."""
+    rate = chosen_rate(study, records, task, method)
+    jobs = [Job("train", task, seed, method, rate) for seed in study.seeds]
+    return [records[job] for job in jobs if job in records]
+
+
+def tests(study: Study, records: Records, task: str, method: str) -> dict[int, Row]:
+    """What the test scans said of a method, by seed."""
+    rate = chosen_rate(study, records, task, method)
+    jobs = [Job("test", task, seed, method, rate) for seed in study.seeds]
+    return {job.seed: records[job] for job in jobs if job in records}

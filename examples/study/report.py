@@ -11,19 +11,19 @@ from statistics import mean
 
 from data_builders.records import Row
 from data_builders.shards import read_rows, write_text
-from examples.study.claims import Finding, by_seed, findings, values
+from examples.study.claims import Finding, findings, values
 from examples.study.figures import draw_claims, draw_curves
-from examples.study.plan import SFT, Study, chosen_rate, rate_means, read_study
+from examples.study.plan import SFT, Records, Study, by_job, chosen_rate, rate_means, read_study, runs, tests
 
 FOLDER = Path(__file__).parent
 
 
-def write_report(study: Study, records: Sequence[Row], folder: Path) -> None:
+def write_report(study: Study, records: Records, folder: Path) -> None:
     """Writes the tables into `README.md` of a folder, and `claims.png` and `curves.png` beside it.
 
     Args:
         study: The YAML.
-        records: All lines of the results.
+        records: The lines of the results.
         folder: Where the results lie.
     """
     readme, found = folder / "README.md", tables(study, records)
@@ -42,7 +42,7 @@ def _bare(found: dict[str, str]) -> str:
     return "\n".join(["# The study's tables\n", *blocks, "![claims](claims.png)\n", "![curves](curves.png)\n"])
 
 
-def tables(study: Study, records: Sequence[Row]) -> dict[str, str]:
+def tables(study: Study, records: Records) -> dict[str, str]:
     """All tables in Markdown by name: `claims`, `tuning`, and one for each task."""
     return {
         "claims": claims_table(study, findings(study, records)),
@@ -75,16 +75,16 @@ def claims_table(study: Study, found: Sequence[Finding]) -> str:
     return _markdown(columns, rows)
 
 
-def task_table(study: Study, records: Sequence[Row], task: str) -> str:
+def task_table(study: Study, records: Records, task: str) -> str:
     """One line per method with its means over seeds on the test scans, and what it cost."""
     columns = ["method", "lr", "seeds", "CoT", "Direct", "digits read", "consistent", "with a hallucination"]
     columns += ["characters", "margin", "steps", "tokens, M", "seconds"]
     rows = []
     for method in (SFT, *study.tasks[task]["methods"]):
-        tests = by_seed(records, task, method)
-        if tests:
+        found = tests(study, records, task, method)
+        if found:
             rate = chosen_rate(study, records, task, method)
-            rows.append([study.name(method), _rate(rate), *_means(tests), *_cost(records, task, method, rate)])
+            rows.append([study.name(method), _rate(rate), *_means(found), *_cost(runs(study, records, task, method))])
     return _markdown(columns, rows)
 
 
@@ -92,22 +92,20 @@ def _rate(rate: float | None) -> str:
     return f"{rate:.1e}".replace("e-0", "e-") if rate else ""
 
 
-def _means(tests: dict[int, Row]) -> list[str]:
-    rows = list(tests.values())
+def _means(found: dict[int, Row]) -> list[str]:
+    rows = list(found.values())
     shown = [f"{mean(row[name] for row in rows):.1f}" for name in ("cot", "direct", "reading", "consistent")]
     hallucinated = mean(100 - values(row, "faithful").mean() for row in rows)
     return [str(len(rows)), *shown, f"{hallucinated:.1f}", f"{mean(row['characters'] for row in rows):.0f}"]
 
 
-def _cost(records: Sequence[Row], task: str, method: str, rate: float | None) -> list[str]:
-    wanted = ("train", task, method, rate)
-    runs = [row for row in records if (row["kind"], row["task"], row["method"], row["rate"]) == wanted]
-    if not runs:
+def _cost(found: Sequence[Row]) -> list[str]:
+    if not found:
         return [""] * 4
-    margins = [row["curve"]["rewards/margins"][-1] for row in runs if "rewards/margins" in row["curve"]]
+    margins = [row["curve"]["rewards/margins"][-1] for row in found if "rewards/margins" in row["curve"]]
 
     def of(measure: Callable[[Row], float]) -> float:
-        return mean(measure(row) for row in runs)
+        return mean(measure(row) for row in found)
 
     return [
         f"{mean(margins):.2f}" if margins else "",
@@ -117,7 +115,7 @@ def _cost(records: Sequence[Row], task: str, method: str, rate: float | None) ->
     ]
 
 
-def tuning_table(study: Study, records: Sequence[Row]) -> str:
+def tuning_table(study: Study, records: Records) -> str:
     """Development accuracy, the mean of CoT and Direct, by learning rate."""
     rows = []
     for task, settings in study.tasks.items():
@@ -133,11 +131,11 @@ def tuning_table(study: Study, records: Sequence[Row]) -> str:
     return _markdown(["task", "method", "lowest", *[""] * (width - 2), "highest"], rows)
 
 
-def bases_table(study: Study, records: Sequence[Row]) -> str:
+def bases_table(study: Study, records: Records) -> str:
     """What the methods of a seed share: the SFT model on development scans, and the pairs."""
     columns = ["base", "seed", "CoT", "Direct", "digits read", "places where the context won", "correctness pairs"]
     rows = []
-    for row in sorted((r for r in records if r["kind"] == "base"), key=lambda r: (r["task"], r["seed"])):
+    for row in sorted((r for job, r in records.items() if job.kind == "base"), key=lambda r: (r["task"], r["seed"])):
         numbers = [f"{row[name]:.1f}" for name in ("cot", "direct", "reading", "hallucination")]
         rows.append([row["task"], str(row["seed"]), *numbers, str(row["pairs"]["pairs"]), f"{row['seconds']:.0f}"])
     return _markdown([*columns, "seconds"], rows)
@@ -150,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", default=str(FOLDER), help="Has results.jsonl; gets README.md and figures.")
     arguments = parser.parse_args(argv)
     folder = Path(arguments.folder)
-    write_report(read_study(Path(arguments.study)), list(read_rows(folder / "results.jsonl")), folder)
+    write_report(read_study(Path(arguments.study)), by_job(read_rows(folder / "results.jsonl")), folder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data_builders.records import InputError, Row
 from data_builders.shards import read_rows
-from examples.study.plan import Job, Study, chosen_rate, final_jobs, find, plan, read_study
+from examples.study.plan import Job, Records, Study, by_job, chosen_rate, final_jobs, plan, read_study
 
 FOLDER = Path(__file__).parent
 RESULTS = "results.jsonl"
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with _pool(arguments.jobs, output) as pool:
         whole = arguments.finish or run_jobs(study, plan(study), output, command, pool, arguments.jobs, deadline)
         if whole:
-            records = list(read_rows(output / RESULTS))
+            records = by_job(read_rows(output / RESULTS))
             run_jobs(study, final_jobs(study, records), output, command, pool, arguments.jobs, None)
     from examples.study.report import write_report
 
-    write_report(study, list(read_rows(output / RESULTS)), output)
+    write_report(study, by_job(read_rows(output / RESULTS)), output)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes; tables and figures are in {output}.")
     if not whole:
         print("Not all is done: the same command goes on; `--finish` reads the test scans for what is.")
@@ -111,7 +111,7 @@ def run_jobs(
         InputError: A job waits for one that is not among them.
     """
     results = output / RESULTS
-    records = list(read_rows(results))
+    records = by_job(read_rows(results))
     running: dict[Future[Row], Job] = {}
     while True:
         waiting = open_jobs(study, jobs, records, list(running.values()))
@@ -125,9 +125,9 @@ def run_jobs(
             record = future.result()
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            records.append(record)
+            records |= by_job([record])
             print(time.strftime("%H:%M:%S"), *_shown(record), flush=True)
-    missing = [job for job in jobs if not _is_done(study, job, records)]
+    missing = [job for job in jobs if _with_rate(study, job, records) not in records]
     if missing and not late:
         raise InputError(f"{missing[0]} waits for a job that is not in the plan.")
     return not missing
@@ -139,17 +139,15 @@ def _shown(record: Row) -> list[str]:
     return [str(record[name]) for name in names if record[name] not in ("", None)] + numbers
 
 
-def open_jobs(study: Study, jobs: Sequence[Job], records: Sequence[Row], running: Sequence[Job]) -> list[Job]:
+def open_jobs(study: Study, jobs: Sequence[Job], records: Records, running: Sequence[Job]) -> list[Job]:
     """Jobs that can start now, in their order, with their learning rates."""
-    found = []
-    for job in jobs:
-        ready = _with_rate(study, job, records)
-        if ready and ready not in running and not _is_done(study, ready, records) and _has_base(study, job, records):
-            found.append(ready)
-    return found
+    ready = (_with_rate(study, job, records) for job in jobs)
+    return [
+        job for job in ready if job and job not in running and job not in records and _has_base(study, job, records)
+    ]
 
 
-def _with_rate(study: Study, job: Job, records: Sequence[Row]) -> Job | None:
+def _with_rate(study: Study, job: Job, records: Records) -> Job | None:
     """The job with its rate; None while the rate is not chosen yet."""
     if job.kind == "base" or job.rate is not None:
         return job
@@ -157,13 +155,8 @@ def _with_rate(study: Study, job: Job, records: Sequence[Row]) -> Job | None:
     return None if rate is None else replace(job, rate=rate)
 
 
-def _is_done(study: Study, job: Job, records: Sequence[Row]) -> bool:
-    ready = _with_rate(study, job, records)
-    return ready is not None and find(records, ready) is not None
-
-
-def _has_base(study: Study, job: Job, records: Sequence[Row]) -> bool:
-    return job.kind == "base" or find(records, Job("base", study.tasks[job.task]["base"], job.seed)) is not None
+def _has_base(study: Study, job: Job, records: Records) -> bool:
+    return job.kind == "base" or Job("base", study.tasks[job.task]["base"], job.seed) in records
 
 
 if __name__ == "__main__":
