@@ -153,7 +153,7 @@ def chosen_rate(study: Study, records: Records, task: str, method: str) -> float
     settings = study.methods[method]
     if "rate_of" in settings:
         rate = chosen_rate(study, records, task, settings["rate_of"])
-        return None if rate is None else rate * settings["times"]
+        return None if rate is None else rate * settings.get("times", 1.0)
     means = rate_means(study, records, task, method)
     complete = len(means) == len(study.tasks[task]["learning_rates"])
     return max(means, key=lambda rate: means[rate]) if complete else None

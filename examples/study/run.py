@@ -135,8 +135,9 @@ def run_jobs(
 
 def _shown(record: Row) -> list[str]:
     names = ("kind", "task", "method", "rate", "seed")
-    numbers = [f"{name} {record[name]:.1f}" for name in ("cot", "direct", "hallucination", "seconds")]
-    return [str(record[name]) for name in names if record[name] not in ("", None)] + numbers
+    numbers = ("cot", "direct", "hallucination", "seconds")
+    shown = [f"{name} {record[name]:.1f}" for name in numbers if name in record]
+    return [str(record[name]) for name in names if record[name] not in ("", None)] + shown
 
 
 def open_jobs(study: Study, jobs: Sequence[Job], records: Records, running: Sequence[Job]) -> list[Job]:

@@ -153,8 +153,10 @@ def _train(study: Study, job: Job, output: Path) -> Row:
             study, folder, folder / "sft", model, settings, _pairs_of(folder, method), method.get("train", {})
         )
     trained = time.perf_counter()
-    answers = _answers(study, str(model), folder, "development", run / "development", job.seed)
-    found = {**measure_answers(answers), **_history(model), "train_seconds": round(trained - start, 1)}
+    found = {**_history(model), "train_seconds": round(trained - start, 1)}
+    if job.seed in study.tuning_seeds:
+        answers = _answers(study, str(model), folder, "development", run / "development", job.seed)
+        found |= measure_answers(answers)
     if (run / "first").exists():  # the first of two rounds
         before = _history(run / "first")
         found |= {name: found[name] + before[name] for name in ("steps", "tokens")}
