@@ -7,15 +7,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from data_builders.records import Row
 from examples.study.claims import MARGIN, Finding
-from examples.study.plan import Records, Study, runs
+from examples.study.plan import SFT, Records, Study, runs, tests
 
 mpl.use("Agg")
 
 _COLORS = {"supported": "#2a7d4f", "contradicted": "#b3362b", "undecided": "#777777"}
-_CURVES = {"rewards/margins": "reward margin", "rewards/chosen": "reward of the chosen", "loss": "loss"}
+_TICKS = (-30, -10, -3, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.5, 1, 3, 10, 30)  # of rewards
 _REACH = 12.0  # points; what lies beyond is written at the edge
 
 
@@ -48,29 +49,47 @@ def draw_claims(found: Sequence[Finding], path: Path) -> None:
 
 
 def draw_curves(study: Study, records: Records, path: Path) -> None:
-    """For each task a row: means over seeds of margin, chosen reward and loss by optimizer step."""
-    figure = Figure(figsize=(10, 2.6 * len(study.tasks)), layout="constrained")
-    grid = figure.subplots(len(study.tasks), len(_CURVES), squeeze=False)
+    """For each task a row: reward margin and chosen reward by optimizer step, and where its methods end up."""
+    shown = [task for task in study.tasks if tests(study, records, task, SFT)] or list(study.tasks)[:1]
+    figure = Figure(figsize=(11, 0.4 + 3.4 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 3, squeeze=False)
     colors = mpl.colormaps["tab20"].colors
-    of_method = {name: colors[place % len(colors)] for place, name in enumerate(study.methods)}
-    for line, (task, row) in enumerate(zip(study.tasks, grid, strict=True)):
-        for axes, (name, title) in zip(row, _CURVES.items(), strict=True):
-            for method in study.tasks[task]["methods"]:
-                _draw_curve(axes, runs(study, records, task, method), name, study.name(method), of_method[method])
-            axes.set_title(f"{task}: {title}", fontsize=9)
+    of_method = {name: colors[place % len(colors)] for place, name in enumerate(study.methods)} | {SFT: "black"}
+    for task, (margin, chosen, accuracy) in zip(shown, grid, strict=True):
+        for method in study.tasks[task]["methods"]:
+            found, color = runs(study, records, task, method), of_method[method]
+            _draw_curve(margin, found, "rewards/margins", color)
+            _draw_curve(chosen, found, "rewards/chosen", color)
+        for method in (SFT, *study.tasks[task]["methods"]):
+            _draw_accuracy(accuracy, tests(study, records, task, method), study.name(method), of_method[method])
+        for axes, title in ((margin, "reward margin"), (chosen, "reward of the chosen")):
+            axes.set_yscale("asinh", linear_width=0.3)
+            low, high = axes.get_ylim()
+            axes.set_yticks([tick for tick in _TICKS if low <= tick <= high], minor=False)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.set_title(f"{task}: {title}, mean over seeds", fontsize=9)
+            axes.set_xlabel("optimizer step", fontsize=8)
+        accuracy.set_title(f"{task}: accuracy on the test scans, %", fontsize=9)
+        accuracy.set_xlabel("Direct", fontsize=8)
+        accuracy.set_ylabel("CoT", fontsize=8)
+        handles, _ = accuracy.get_legend_handles_labels()
+        if handles:
+            accuracy.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        for axes in (margin, chosen, accuracy):
             axes.tick_params(labelsize=7)
-            if name != "loss":
-                axes.set_yscale("symlog", linthresh=1.0)
-        row[-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-        grid[line][0].set_ylabel("mean over seeds", fontsize=7)
-    for axes in grid[-1]:
-        axes.set_xlabel("optimizer step", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def _draw_curve(axes: Any, found: Sequence[Row], name: str, label: str, color: Any) -> None:
+def _draw_curve(axes: Any, found: Sequence[Row], name: str, color: Any) -> None:
     curves = [run["curve"] for run in found if name in run["curve"]]
     if curves:
         length = min(len(curve["step"]) for curve in curves)
         values = np.mean([curve[name][:length] for curve in curves], axis=0)
-        axes.plot(curves[0]["step"][:length], values, color=color, label=label, linewidth=1.2)
+        axes.plot(curves[0]["step"][:length], values, color=color, linewidth=1.2)
+
+
+def _draw_accuracy(axes: Any, found: dict[int, Row], label: str, color: Any) -> None:
+    if found:
+        direct, cot = (np.mean([row[style] for row in found.values()]) for style in ("direct", "cot"))
+        axes.plot(direct, cot, "o", color=color, label=label, markersize=6)
