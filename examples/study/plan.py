@@ -126,16 +126,17 @@ def plan(study: Study) -> list[Job]:
 
 
 def final_jobs(study: Study, records: Records) -> list[Job]:
-    """A look at the test scans for every method that has been trained with its chosen rate, seed by seed."""
-    jobs = []
-    for seed in study.seeds:
-        for task, settings in study.tasks.items():
-            made = Job("base", settings["base"], seed) in records
-            for method in (SFT, *settings["methods"]):
-                rate = chosen_rate(study, records, task, method)
-                if made and (method == SFT or Job("train", task, seed, method, rate) in records):
-                    jobs.append(Job("test", task, seed, method))
-    return jobs
+    """A look at the test scans, seed by seed, for every method that was trained with all seeds at its chosen rate."""
+    ready = []
+    for task, settings in study.tasks.items():
+        for method in (SFT, *settings["methods"]):
+            rate = chosen_rate(study, records, task, method)
+            needed = [Job("train", task, seed, method, rate) for seed in study.seeds]
+            if method == SFT:
+                needed = [Job("base", settings["base"], seed) for seed in study.seeds]
+            if all(job in records for job in needed):
+                ready.append((task, method))
+    return [Job("test", task, seed, method) for seed in study.seeds for task, method in ready]
 
 
 def by_job(rows: Iterable[Row]) -> Records:

@@ -2,7 +2,7 @@
 
 Every finished job is one line of `results.jsonl`, written at once, so a study that was stopped goes on with the same
 command. Jobs run in as many processes as asked for, which stay alive, each with one thread. The test scans are read
-when all other jobs are done, or with `--finish`, for the methods that are.
+when all other jobs are done, or with `--finish`, for the methods that are trained with all seeds.
 """
 
 import argparse

@@ -81,7 +81,7 @@ def _common(folder: Path, seed: int) -> Row:
 
 
 def _base(study: Study, job: Job, output: Path) -> Row:
-    """Task, SFT, responses, verdicts, pairs, DropoutNTP pairs and the reference's view of them."""
+    """Task, SFT, responses, verdicts, pairs, DropoutNTP pairs, and a look at the SFT model."""
     folder, settings, verbs = _base_folder(output, job.task, job.seed), study.bases[job.task], study.verbs
     common, model = _common(folder, job.seed), str(folder / "sft")
     at = {name: str(folder / name) for name in ("responses", "open_responses", "verdicts", "pairs")}
