@@ -17,6 +17,7 @@ mpl.use("Agg")
 
 _COLORS = {"supported": "#2a7d4f", "contradicted": "#b3362b", "undecided": "#777777"}
 _TICKS = (-30, -10, -3, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.5, 1, 3, 10, 30)  # of rewards
+_NEAR = 4.0  # points
 _REACH = 12.0  # points; what lies beyond is written at the edge
 
 
@@ -38,7 +39,8 @@ def draw_claims(found: Sequence[Finding], path: Path) -> None:
     axes.set_yticks(range(len(shown)), [f"{f.claim['says']} ({f.claim['task']})" for f in shown], fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvline(-MARGIN, color="black", linewidth=0.6, linestyle=":")
-    axes.set_xlim(-_REACH - 0.5, _REACH + 0.5)
+    lowest = min((finding.low for finding in shown), default=-MARGIN)
+    axes.set_xlim(max(lowest - 1.0, -_REACH - 0.5), _REACH + 0.5)
     axes.set_xlabel(
         "paired difference on the test scans in points, 95% interval over seeds; a tick per seed", fontsize=8
     )
@@ -62,6 +64,7 @@ def draw_curves(study: Study, records: Records, path: Path) -> None:
             _draw_curve(chosen, found, "rewards/chosen", color)
         for method in (SFT, *study.tasks[task]["methods"]):
             _draw_accuracy(accuracy, tests(study, records, task, method), study.name(method), of_method[method])
+        _look_near(accuracy, tests(study, records, task, SFT))
         for axes, title in ((margin, "reward margin"), (chosen, "reward of the chosen")):
             axes.set_yscale("asinh", linear_width=0.3)
             low, high = axes.get_ylim()
@@ -70,7 +73,7 @@ def draw_curves(study: Study, records: Records, path: Path) -> None:
             axes.yaxis.set_minor_locator(NullLocator())
             axes.set_title(f"{task}: {title}, mean over seeds", fontsize=9)
             axes.set_xlabel("optimizer step", fontsize=8)
-        accuracy.set_title(f"{task}: accuracy on the test scans, %", fontsize=9)
+        accuracy.set_title(f"{task}: accuracy on the test scans, %, near SFT's", fontsize=9)
         accuracy.set_xlabel("Direct", fontsize=8)
         accuracy.set_ylabel("CoT", fontsize=8)
         handles, _ = accuracy.get_legend_handles_labels()
@@ -93,3 +96,11 @@ def _draw_accuracy(axes: Any, found: dict[int, Row], label: str, color: Any) -> 
     if found:
         direct, cot = (np.mean([row[style] for row in found.values()]) for style in ("direct", "cot"))
         axes.plot(direct, cot, "o", color=color, label=label, markersize=6)
+
+
+def _look_near(axes: Any, found: dict[int, Row]) -> None:
+    """Shows what lies within some points of the SFT model; a method that collapsed would hide all others."""
+    if found:
+        direct, cot = (np.mean([row[style] for row in found.values()]) for style in ("direct", "cot"))
+        axes.set_xlim(direct - _NEAR, direct + _NEAR / 2)
+        axes.set_ylim(cot - _NEAR, cot + _NEAR)
