@@ -6,7 +6,7 @@ The model has 0.9 million parameters and learns on a laptop.
 Scans: scikit-learn's `load_digits` (1,797 scans of 8 x 8, from UCI's Optical Recognition of Handwritten Digits).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +66,14 @@ def split_scans(seed: int) -> dict[str, Scans]:
         "development": scans.take(order[NUM_TEST_SCANS:held_out]),
         "test": scans.take(order[:NUM_TEST_SCANS]),
     }
+
+
+Compose = Callable[[Scans, int, np.random.Generator], np.ndarray]  # scans, pictures -> which scans, (pictures, 4)
+
+
+def any_scans(scans: Scans, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Which scans stand in each picture: any four, whatever stands beside them, (count, 4)."""
+    return rng.integers(0, len(scans.labels), (count, 4))
 
 
 def draw_pictures(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -134,9 +142,11 @@ class _Item:
     answer: str
 
 
-def _make_items(scans: Scans, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[_Item]]:
+def _make_items(
+    scans: Scans, count: int, rng: np.random.Generator, compose: Compose
+) -> tuple[np.ndarray, list[_Item]]:
     """Pictures (count, 32, 32) and what is asked about them; the kinds of question take turns."""
-    chosen = rng.integers(0, len(scans.labels), (count, 4))
+    chosen = compose(scans, count, rng)
     pictures = draw_pictures(scans.pixels[chosen], rng)
     items = []
     for index, digits in enumerate(scans.labels[chosen].tolist()):
@@ -156,9 +166,16 @@ def _save_pictures(pictures: np.ndarray, folder: Path, prefix: str) -> list[str]
 
 
 def write_questions(
-    path: Path, scans: Scans, count: int, *, prefix: str, seed: int, with_answers: bool = True
+    path: Path,
+    scans: Scans,
+    count: int,
+    *,
+    prefix: str,
+    seed: int,
+    with_answers: bool = True,
+    compose: Compose = any_scans,
 ) -> None:
-    """Writes a questions file with its pictures beside it.
+    """Writes a questions file with its pictures beside it; `digits` of a row says what its picture holds.
 
     Args:
         path: The JSONL file; pictures go to `images/` in the same folder.
@@ -167,8 +184,9 @@ def write_questions(
         prefix: Start of every row's id.
         seed: Of composition, jitter and noise.
         with_answers: False leaves every answer unknown (null), as for free-form questions.
+        compose: Which scans stand together.
     """
-    pictures, items = _make_items(scans, count, np.random.default_rng(seed))
+    pictures, items = _make_items(scans, count, np.random.default_rng(seed), compose)
     names = _save_pictures(pictures, path.parent, prefix)
     rows = [
         {
@@ -177,20 +195,22 @@ def write_questions(
             "question": item.question,
             "answer": item.answer if with_answers else None,
             "source": item.kind,
+            "digits": item.digits,
         }
         for index, (name, item) in enumerate(zip(names, items, strict=True))
     ]
     write_rows(path, rows)
 
 
-def write_sft_rows(path: Path, scans: Scans, count: int, *, seed: int) -> None:
+def write_sft_rows(path: Path, scans: Scans, count: int, *, seed: int, compose: Compose = any_scans) -> None:
     """Writes conversations with rationales for supervised fine-tuning, in TRL's prompt-completion format.
 
     Three in four ask for a rationale, the others for the bare answer. One in five has no picture and the digits in the
-    question instead, so that the model knows how to go on when it sees no picture.
+    question instead, so that the model knows how to go on when it sees no picture. `compose` says which scans stand
+    together.
     """
     rng = np.random.default_rng(seed)
-    pictures, items = _make_items(scans, count, rng)
+    pictures, items = _make_items(scans, count, rng, compose)
     names = _save_pictures(pictures, path.parent, "sft")
     rows: list[Row] = []
     for index, (name, item) in enumerate(zip(names, items, strict=True)):
