@@ -118,7 +118,7 @@ def plan(study: Study) -> list[Job]:
         for method in settings["methods"]:
             tuned = "rate_of" not in study.methods[method]
             jobs += [Job("base", settings["base"], seed) for seed in study.tuning_seeds]
-            rates = settings["learning_rates"] + settings.get("beyond", {}).get(method, []) if tuned else []
+            rates = settings["learning_rates"] if tuned else []
             jobs += [Job("train", task, seed, method, rate) for rate in rates for seed in study.tuning_seeds]
             jobs += [Job("base", settings["base"], seed) for seed in others]
             jobs += [Job("train", task, seed, method) for seed in (others if tuned else study.seeds)]
