@@ -119,11 +119,9 @@ def write_base(folder: Path) -> None:
     if (folder / "base" / "config.json").exists():
         return
     rows = [row for path in sorted((folder / "mixed").glob("*.jsonl")) for row in read_rows(path)]
-    tokenizer = digits.train_tokenizer(message["content"] for row in rows for message in row["completion"])
-    processor, model = digits.build_model(tokenizer, seed=0)
-    digits.pretrain_vision(model, processor, digits.split_scans(0)["sft"], steps=STEPS["vision"], seed=0)
-    processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "base")
+    texts = (message["content"] for row in rows for message in row["completion"])
+    scans = digits.split_scans(0)["sft"]
+    digits.write_model(folder / "base", texts, scans, seed=0, vision_seed=0, vision_steps=STEPS["vision"])
 
 
 class Server(ThreadingHTTPServer):

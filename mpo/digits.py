@@ -6,7 +6,7 @@ The model has 0.9 million parameters and learns on a laptop.
 Scans: scikit-learn's `load_digits` (1,797 scans of 8 x 8, from UCI's Optical Recognition of Handwritten Digits).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -310,6 +310,30 @@ def build_model(
         tie_word_embeddings=True,
     )
     return processor, transformers.LlavaForConditionalGeneration(config)
+
+
+def write_model(
+    folder: Path, texts: Iterable[str], scans: Scans, *, seed: int, vision_seed: int, vision_steps: int = 300
+) -> None:
+    """Writes the model that SFT starts from: a language model that knows nothing, and a tower that has seen digits.
+
+    Args:
+        folder: Gets the model and its processor.
+        texts: What the tokenizer is trained on.
+        scans: What the tower sees: the SFT scans.
+        seed: Of the weights.
+        vision_seed: Of the tower's pictures.
+        vision_steps: Batches of 64 that the tower sees.
+    """
+    processor, model = build_model(train_tokenizer(texts), seed=seed)
+    pretrain_vision(model, processor, scans, steps=vision_steps, seed=vision_seed)
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def conversation_texts(rows: Iterable[Row]) -> Iterator[str]:
+    """What prompts and completions of SFT rows say."""
+    return (message["content"] for row in rows for message in row["prompt"] + row["completion"])
 
 
 def pretrain_vision(

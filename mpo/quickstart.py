@@ -27,7 +27,6 @@ from data_builders.shards import read_rows, read_stage, write_rows, write_text
 from mpo.stages import LOG, RunVerb, Stage, run_stages
 
 NUM_GALLERY = 12
-VISION_STEPS = 300  # of the vision tower's own training, before SFT
 _FOLDERS = ("data", "base", "sft", "responses", "verdicts", "pairs", "dropout_ntp", "mpo", "further_sft")
 _FOLDERS += ("evaluation", "gallery")
 _SIZES = ("sft_rows", "questions", "open_questions", "test_questions")
@@ -161,12 +160,8 @@ def write_task(folder: Path, config: QuickstartConfig) -> None:
     for number, split in enumerate(("development", "test"), 4):
         path = data / f"{split}.jsonl"
         digits.write_questions(path, parts[split], config.test_questions, prefix=split, seed=base + number)
-    rows = list(read_rows(data / "sft.jsonl"))
-    tokenizer = digits.train_tokenizer(m["content"] for row in rows for m in row["prompt"] + row["completion"])
-    processor, model = digits.build_model(tokenizer, seed=seed)
-    digits.pretrain_vision(model, processor, parts["sft"], steps=VISION_STEPS, seed=base + 6)
-    processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "base")
+    texts = digits.conversation_texts(read_rows(data / "sft.jsonl"))
+    digits.write_model(folder / "base", texts, parts["sft"], seed=seed, vision_seed=base + 6)
 
 
 def write_gallery(folder: Path) -> None:

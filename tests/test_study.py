@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import mean
@@ -80,13 +81,12 @@ def test_every_method_of_a_task_is_tuned_alike(study: Any) -> None:
     jobs = module("plan").plan(study)
     for task, settings in study.tasks.items():
         for method in study.tuned(task):
-            beyond = settings.get("beyond", {}).get(method, [])  # which no choice sees
             own = [job for job in jobs if (job.task, job.method) == (task, method)]
-            tried = [(job.rate, job.seed) for job in own if job.rate and job.rate not in beyond]
+            tried = [(job.rate, job.seed) for job in own if job.rate]
             assert sorted(tried) == sorted((rate, seed) for rate in settings["learning_rates"] for seed in (0, 1))
             fixed = [job.seed for job in own if job.rate is None]
-            assert fixed == [2, 3, 4]
-    assert len(study.seeds) == 5
+            assert fixed == study.seeds[2:]
+    assert len(study.seeds) == 10
     assert len(set(jobs)) == len(jobs)
 
 
@@ -108,8 +108,11 @@ def test_the_rate_with_the_best_mean_over_both_styles_and_tuning_seeds_is_taken(
         for (rate, seed), (cot, direct) in accuracies.items()
     ]
     assert plan.rate_means(study, plan.by_job(rows), "context", "mpo") == {1e-4: 40.5, 2.5e-4: 41.25}
-    assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo") is None  # the third rate is missing
-    rows += [record("train", "context", seed, "mpo", 6e-4, cot=41.0, direct=41.0) for seed in (0, 1)]
+    assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo") is None  # others are missing
+    others = study.tasks["context"]["learning_rates"][:2] + [6e-4]
+    rows += [
+        record("train", "context", seed, "mpo", rate, cot=41.0, direct=41.0) for rate in others for seed in (0, 1)
+    ]
     assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo") == 2.5e-4
     assert plan.chosen_rate(study, plan.by_job(rows), "context", "mpo_ten_times") == pytest.approx(2.5e-3)
 
@@ -126,15 +129,39 @@ def test_jobs_wait_for_what_they_need_and_are_done_once(study: Any, tmp_path: Pa
     results = tmp_path / "results.jsonl"
     results.touch()
     assert run.run_jobs(study, jobs, tmp_path, "", AtOnce(), 2, None, do)
-    assert Counter(job.kind for job in order) == {"base": 10, "train": len(jobs) - 10}
+    assert Counter(job.kind for job in order) == {"base": 20, "train": len(jobs) - 20}
     assert all(job.rate for job in order if job.kind == "train")
     places = {(job.kind, job.task, job.seed): place for place, job in reversed(list(enumerate(order)))}
     assert places["base", "context", 3] < places["train", "context", 3]
     assert run.run_jobs(study, jobs, tmp_path, "", AtOnce(), 2, None, do)
     assert len(order) == len(jobs) == len(list(read_rows(results)))
     tests = plan.final_jobs(study, plan.by_job(read_rows(results)))
-    assert Counter((job.task, job.method) for job in tests)["context", "sft"] == 5
-    assert len(tests) == 5 * sum(1 + len(settings["methods"]) for settings in study.tasks.values())
+    assert Counter((job.task, job.method) for job in tests)["context", "sft"] == 10
+    assert len(tests) == 10 * sum(1 + len(settings["methods"]) for settings in study.tasks.values())
+
+
+def test_bases_with_a_line_from_elsewhere_are_made_again_where_they_are_needed(study: Any, tmp_path: Path) -> None:
+    run, plan = module("run"), module("plan")
+    jobs = plan.plan(study)
+    base, other, here = (plan.Job("base", "context", seed) for seed in (0, 1, 2))
+    folder = plan.base_folder(tmp_path, "context", 2)
+    folder.mkdir(parents=True)
+    (folder / "complete").touch()
+    needed = [job for job in jobs if job.kind == "train" and job.seed in (0, 2) and job.method == "mpo_ten_times"]
+    rates = [
+        record("train", "context", seed, "mpo", rate) for seed in (0, 1) for rate in (1.6e-5, 4e-5, 1e-4, 2.5e-4, 6e-4)
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in [*map(done, (base, other, here)), *rates]))
+    order: list[Any] = []
+
+    def do(_study: Any, job: Any, output: Path, command: str) -> dict[str, Any]:
+        order.append((job.kind, job.seed))
+        return done(job)
+
+    assert run.run_jobs(study, needed, tmp_path, "", AtOnce(), 2, None, do)
+    assert order == [("base", 0), ("train", 0), ("train", 2)]
+    assert len(list(read_rows(results))) == 3 + 10 + 2
 
 
 def test_a_stopped_study_starts_nothing_new(study: Any, tmp_path: Path) -> None:
@@ -229,33 +256,42 @@ def test_neighbours_follow_as_often_as_asked_and_only_where_asked() -> None:
 
 
 def tuning(study: Any) -> list[dict[str, Any]]:
-    """Runs that make 1e-4 MPO's rate: all alike, and the first counts."""
+    """Runs that make 1.6e-5 MPO's rate: all alike, and the first counts."""
     rates = study.tasks["context"]["learning_rates"]
     return [record("train", "context", seed, "mpo", rate) for rate in rates for seed in study.tuning_seeds]
 
 
-def two_seeds(study: Any, better: list[list[int]], worse: list[list[int]]) -> Any:
+def some_seeds(study: Any, better: list[list[int]], worse: list[list[int]]) -> Any:
     """The finding on the first claim, MPO over SFT, from the right and wrong answers of each seed."""
     pack, names = module("measures").pack, ("cot_bits", "direct_bits", "hallucinated_bits")
     rows = [
         record("test", "context", seed, method, rate, num=len(bits), **dict.fromkeys(names, pack(bits)))
-        for method, rate, seeds in (("mpo", 1e-4, better), ("sft", 0.0, worse))
+        for method, rate, seeds in (("mpo", 1.6e-5, better), ("sft", 0.0, worse))
         for seed, bits in enumerate(seeds)
     ]
     return module("claims").findings(study, module("plan").by_job([*rows, *tuning(study)]))[0]
 
 
 def test_a_paired_difference_and_its_interval_are_students(study: Any) -> None:
-    found = two_seeds(study, [[1, 1, 1, 0], [1, 1, 0, 1]], [[1, 0, 1, 0], [0, 1, 0, 0]])
+    found = some_seeds(study, [[1, 1, 1, 0], [1, 1, 0, 1]], [[1, 0, 1, 0], [0, 1, 0, 0]])
     assert found.by_seed == [25.0, 50.0]
     assert found.mean == 37.5
     assert found.high - found.mean == pytest.approx(12.7062 * 12.5, abs=0.01)  # t(0.975, 1) x standard error
     # variances of (0, 1, 0, 0) and (1, 0, 0, 1) are 1/4 and 1/3; each mean has a quarter of it
     assert found.over_questions == pytest.approx(1.96 * 100 * math.sqrt(1 / 16 + 1 / 12) / 2, abs=0.01)
     assert found.verdict == "undecided"
-    assert two_seeds(study, [[1, 1, 1, 1]] * 2, [[0, 0, 0, 0]] * 2).verdict == "supported"
-    assert two_seeds(study, [[0, 0, 0, 0]] * 2, [[1, 1, 1, 1]] * 2).verdict == "contradicted"
-    assert two_seeds(study, [[1, 1, 1, 1]], [[0, 0, 0, 0]]).verdict == "not run"
+    assert some_seeds(study, [[1, 1, 1, 1]] * 2, [[0, 0, 0, 0]] * 2).verdict == "supported"
+    assert some_seeds(study, [[0, 0, 0, 0]] * 2, [[1, 1, 1, 1]] * 2).verdict == "contradicted"
+    assert some_seeds(study, [[1, 1, 1, 1]], [[0, 0, 0, 0]]).verdict == "not run"
+
+
+def test_seeds_that_were_begun_last_are_also_shown_alone(study: Any) -> None:
+    found = some_seeds(study, [[0, 0], [1, 0], *[[0, 0]] * 3, [1, 1], [1, 0]], [[0, 0]] * 7)
+    assert found.by_seed == [0.0, 50.0, 0.0, 0.0, 0.0, 100.0, 50.0]
+    assert found.replication["mean"] == 75.0
+    assert found.replication["high"] - 75.0 == pytest.approx(12.7062 * 25.0, abs=0.01)
+    assert "| +75.0 (-242.7 to +392.7) | undecided |" in module("report").claims_table(study, [found])
+    assert some_seeds(study, [[1, 1]] * 6, [[0, 0]] * 6).replication == {}  # one seed has no interval
 
 
 def test_p_values_are_students_and_corrected_by_holm() -> None:
@@ -289,18 +325,19 @@ def test_every_line_of_the_results_can_be_traced_and_is_the_only_one(rows: list[
 
 
 def test_a_small_study_runs_to_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module("tasks"), "VISION_STEPS", 20)
+    monkeypatch.setattr(digits, "write_model", partial(digits.write_model, vision_steps=20))
     run, plan, report = module("run"), module("plan"), module("report")
     base = {"sft_rows": SIZES["sft_rows"], "sft_steps": 100, "questions": 24}
     changes = {
         "like": str(FOLDER / "study.yaml"),
         "seeds": [0],
         "tuning_seeds": [0],
+        "replication_seeds": [],
         "development_questions": 12,
         "test_questions": 12,
         "bases": {"context": {**base, "open_questions": 6, "share": 0.5}, "digits": None},
         "tasks": {
-            "context": {"beyond": None, "learning_rates": [1e-3], "methods": ["mpo", "further_sft", "mpo_two_rounds"]},
+            "context": {"learning_rates": [1e-3], "methods": ["mpo", "further_sft", "mpo_two_rounds"]},
             "digits": None,
         },
         "verbs": {
@@ -324,6 +361,6 @@ def test_a_small_study_runs_to_its_report(tmp_path: Path, monkeypatch: pytest.Mo
     assert two_rounds["steps"] >= 2
     report.write_report(study, plan.by_job(rows), tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| MPO beats SFT | context | MPO - SFT, cot | 1 |  |  | not run |  |" in page
+    assert "| MPO beats SFT | context | MPO - SFT, cot | 1 |  |  |  | not run |  |" in page
     assert "| MPO in two rounds | 1.0e-3 | 1 |" in page
     assert (tmp_path / "claims.png").stat().st_size > 1000

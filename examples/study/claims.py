@@ -7,7 +7,7 @@ over seeds; one over questions, with these very models, is given beside it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Finding:
         high: Upper end.
         over_questions: Half the width of the 95% interval over questions.
         p: Of the difference being what the verdict excludes (0, or -`MARGIN`), two-sided.
+        replication: Their mean, low and high over the seeds that were begun last; empty for fewer than two.
         verdict: supported, contradicted or undecided; not run without two seeds.
         holm: Whether the verdict stays when all claims are tested together (Holm at 5%).
     """
@@ -44,6 +45,7 @@ class Finding:
     high: float = math.nan
     over_questions: float = math.nan
     p: float = math.nan
+    replication: dict[str, float] = field(default_factory=dict)
     verdict: str = "not run"
     holm: bool = False
 
@@ -84,7 +86,11 @@ def _find(study: Study, claim: Row, records: Records) -> Finding:
     threshold = -MARGIN if claim["is"] == "not_less" else 0.0
     verdict = decide(interval["low"], interval["high"], threshold)
     p = p_value(means, 0.0 if verdict == "contradicted" else threshold)
-    return Finding(claim, means, **interval, over_questions=_NORMAL * error, p=p, verdict=verdict)
+    again = [mean for seed, mean in zip(seeds, means, strict=True) if seed in study.replication_seeds]
+    replication = mean_interval(again) if len(again) > 1 else {}
+    return Finding(
+        claim, means, **interval, over_questions=_NORMAL * error, p=p, replication=replication, verdict=verdict
+    )
 
 
 def decide(low: float, high: float, threshold: float) -> str:

@@ -14,6 +14,7 @@ import yaml
 from data_builders.records import InputError, Row
 
 SFT = "sft"  # the model that every method starts from, as a method
+COMPLETE = "complete"  # marks the folder of a base that is whole
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Study:
     Attributes:
         seeds: All of them.
         tuning_seeds: Those that learning rates are chosen with.
+        replication_seeds: Those that were begun when everything else was settled.
         bases: What is shared by the methods of a seed.
         tasks: Base, parts that are trained, learning rates and methods of each task.
         methods: What each method changes.
@@ -56,6 +58,7 @@ class Study:
 
     seeds: list[int]
     tuning_seeds: list[int]
+    replication_seeds: list[int]
     bases: dict[str, Row]
     tasks: dict[str, Row]
     methods: dict[str, Row]
@@ -137,6 +140,33 @@ def final_jobs(study: Study, records: Records) -> list[Job]:
             if all(job in records for job in needed):
                 ready.append((task, method))
     return [Job("test", task, seed, method) for seed in study.seeds for task, method in ready]
+
+
+def lost_bases(study: Study, jobs: Iterable[Job], records: Records, output: Path) -> list[Job]:
+    """Bases that have a line, from elsewhere, and no whole folder here, as far as open jobs start from them."""
+    opened = [job for job in jobs if job.kind != "base" and with_rate(study, job, records) not in records]
+    bases = dict.fromkeys(Job("base", study.tasks[job.task]["base"], job.seed) for job in opened)
+    return [
+        job for job in bases if job in records and not (base_folder(output, job.task, job.seed) / COMPLETE).exists()
+    ]
+
+
+def base_folder(output: Path, base: str, seed: int) -> Path:
+    """Where a base lies."""
+    return output / "bases" / base / f"seed-{seed}"
+
+
+def run_folder(output: Path, job: Job) -> Path:
+    """Where a job with a learning rate leaves its model."""
+    return output / "runs" / job.task / job.method / f"{job.rate:g}" / f"seed-{job.seed}"
+
+
+def with_rate(study: Study, job: Job, records: Records) -> Job | None:
+    """The job with its rate; None while the rate is not chosen yet."""
+    if job.kind == "base" or job.rate is not None:
+        return job
+    rate = chosen_rate(study, records, job.task, job.method)
+    return None if rate is None else replace(job, rate=rate)
 
 
 def by_job(rows: Iterable[Row]) -> Records:

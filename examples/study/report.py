@@ -59,20 +59,25 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def claims_table(study: Study, found: Sequence[Finding]) -> str:
     """One line per claim."""
-    columns = ["claim", "task", "difference", "seeds", "95% over seeds", "± over questions", "verdict", "after Holm"]
+    columns = ["claim", "task", "difference", "seeds", "95% over seeds", "± over questions", "last seeds alone"]
+    columns += ["verdict", "after Holm"]
     rows = []
     for finding in found:
         claim = finding.claim
         names = f"{study.name(claim['better'])} - {study.name(claim['worse'])}, {claim['measure']}"
         line = [claim["says"], claim["task"], names, str(len(finding.by_seed))]
         if finding.verdict == "not run":
-            line += ["", "", "not run", ""]
+            line += ["", "", "", "not run", ""]
         else:
             line[2] += f": **{finding.mean:+.1f}**"
-            line += [f"{finding.low:+.1f} to {finding.high:+.1f}", f"{finding.over_questions:.1f}", finding.verdict]
-            line.append("holds" if finding.holm else "")
+            line += [f"{finding.low:+.1f} to {finding.high:+.1f}", f"{finding.over_questions:.1f}"]
+            line += [_interval(finding.replication), finding.verdict, "holds" if finding.holm else ""]
         rows.append(line)
     return _markdown(columns, rows)
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})" if found else ""
 
 
 def task_table(study: Study, records: Records, task: str) -> str:

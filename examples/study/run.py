@@ -14,13 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from data_builders.records import InputError, Row
 from data_builders.shards import read_rows
-from examples.study.plan import Job, Records, Study, by_job, chosen_rate, final_jobs, plan, read_study
+from examples.study.plan import Job, Records, Study, by_job, final_jobs, lost_bases, plan, read_study, with_rate
 
 FOLDER = Path(__file__).parent
 RESULTS = "results.jsonl"
@@ -104,6 +103,8 @@ def run_jobs(
 ) -> bool:
     """Does jobs in their order, each as soon as what it needs is there; appends a line for each.
 
+    Bases that have a line but no folder are made again first, without a new line.
+
     Returns:
         Whether all of them are done.
 
@@ -112,6 +113,9 @@ def run_jobs(
     """
     results = output / RESULTS
     records = by_job(read_rows(results))
+    lost = lost_bases(study, jobs, records, output)
+    for future in [pool.submit(do, study, job, output, command) for job in lost]:
+        print("made again:", *_shown(future.result()), flush=True)
     running: dict[Future[Row], Job] = {}
     while True:
         waiting = open_jobs(study, jobs, records, list(running.values()))
@@ -127,7 +131,7 @@ def run_jobs(
                 file.write(json.dumps(record) + "\n")
             records |= by_job([record])
             print(time.strftime("%H:%M:%S"), *_shown(record), flush=True)
-    missing = [job for job in jobs if _with_rate(study, job, records) not in records]
+    missing = [job for job in jobs if with_rate(study, job, records) not in records]
     if missing and not late:
         raise InputError(f"{missing[0]} waits for a job that is not in the plan.")
     return not missing
@@ -142,18 +146,10 @@ def _shown(record: Row) -> list[str]:
 
 def open_jobs(study: Study, jobs: Sequence[Job], records: Records, running: Sequence[Job]) -> list[Job]:
     """Jobs that can start now, in their order, with their learning rates."""
-    ready = (_with_rate(study, job, records) for job in jobs)
+    ready = (with_rate(study, job, records) for job in jobs)
     return [
         job for job in ready if job and job not in running and job not in records and _has_base(study, job, records)
     ]
-
-
-def _with_rate(study: Study, job: Job, records: Records) -> Job | None:
-    """The job with its rate; None while the rate is not chosen yet."""
-    if job.kind == "base" or job.rate is not None:
-        return job
-    rate = chosen_rate(study, records, job.task, job.method)
-    return None if rate is None else replace(job, rate=rate)
 
 
 def _has_base(study: Study, job: Job, records: Records) -> bool:

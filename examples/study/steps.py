@@ -19,7 +19,7 @@ from typing import Any
 from data_builders.records import Row
 from data_builders.shards import read_rows, read_stage, write_rows
 from examples.study.measures import measure_answers
-from examples.study.plan import SFT, Job, Study
+from examples.study.plan import COMPLETE, SFT, Job, Study, base_folder, run_folder
 from examples.study.tasks import write_base
 from mpo.cli import run_verb
 from mpo.stages import Stage, run_stages
@@ -72,17 +72,13 @@ def _stage(name: str, verb: str, *settings: Row, **others: Any) -> Stage:
     return Stage(name, verb, {words[at][2:]: words[at + 1] for at in range(0, len(words), 2)}, **others)
 
 
-def _base_folder(output: Path, base: str, seed: int) -> Path:
-    return output / "bases" / base / f"seed-{seed}"
-
-
 def _common(folder: Path, seed: int) -> Row:
     return {"image_root": str(folder / "data"), "seed": seed}
 
 
 def _base(study: Study, job: Job, output: Path) -> Row:
     """Task, SFT, responses, verdicts, pairs, DropoutNTP pairs, and a look at the SFT model."""
-    folder, settings, verbs = _base_folder(output, job.task, job.seed), study.bases[job.task], study.verbs
+    folder, settings, verbs = base_folder(output, job.task, job.seed), study.bases[job.task], study.verbs
     common, model = _common(folder, job.seed), str(folder / "sft")
     at = {name: str(folder / name) for name in ("responses", "open_responses", "verdicts", "pairs")}
     sft = {"model_name_or_path": str(folder / "base"), "data": str(folder / "data" / "sft.jsonl"), "output_dir": model}
@@ -103,6 +99,7 @@ def _base(study: Study, job: Job, output: Path) -> Row:
     answers = _answers(study, model, folder, "development", folder / "development", job.seed)
     sets = [folder / "pairs", *sorted(folder.glob("ntp-*.jsonl"))]
     pairs = {path.stem: sum(1 for _ in read_stage(path)) for path in sets}
+    (folder / COMPLETE).touch()
     return {**measure_answers(answers), "pairs": pairs, "stages": {k: round(v["seconds"], 1) for k, v in done.items()}}
 
 
@@ -133,14 +130,9 @@ def _answers(study: Study, model: str, folder: Path, split: str, into: Path, see
     return rows
 
 
-def run_folder(output: Path, job: Job, rate: float) -> Path:
-    """Where a trained model lies."""
-    return output / "runs" / job.task / job.method / f"{rate:g}" / f"seed-{job.seed}"
-
-
 def _train(study: Study, job: Job, output: Path) -> Row:
     task, method = study.tasks[job.task], study.methods[job.method]
-    folder, run = _base_folder(output, task["base"], job.seed), run_folder(output, job, job.rate)
+    folder, run = base_folder(output, task["base"], job.seed), run_folder(output, job)
     shutil.rmtree(run, ignore_errors=True)  # one that was killed starts again: it takes seconds
     start, model = time.perf_counter(), run / "model"
     settings = {"train": task["train"], "learning_rate": job.rate, **_common(folder, job.seed)}
@@ -215,8 +207,10 @@ def _history(model: Path) -> Row:
 
 def _test(study: Study, job: Job, output: Path) -> Row:
     """The one look at the test scans; the learning rate is the chosen one."""
-    folder = _base_folder(output, study.tasks[job.task]["base"], job.seed)
-    model = folder / "sft" if job.method == SFT else run_folder(output, job, job.rate) / "model"
+    folder = base_folder(output, study.tasks[job.task]["base"], job.seed)
+    model = folder / "sft" if job.method == SFT else run_folder(output, job) / "model"
+    if not (model / "trainer_state.json").exists():  # it has a line from elsewhere
+        _train(study, job, output)
     into = output / "tests" / job.task / job.method / f"seed-{job.seed}"
     shutil.rmtree(into, ignore_errors=True)
     return measure_answers(_answers(study, str(model), folder, "test", into, job.seed))

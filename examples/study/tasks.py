@@ -12,7 +12,6 @@ from data_builders.records import Row
 from data_builders.shards import read_rows
 from mpo import digits
 
-VISION_STEPS = 300
 _SEED_STRIDE = 100  # every file has a seed of its own, as in the quickstart
 
 
@@ -59,9 +58,5 @@ def write_base(folder: Path, settings: Row, sizes: dict[str, int], seed: int) ->
         seed=base + 20,
         with_answers=False,
     )
-    rows = list(read_rows(data / "sft.jsonl"))
-    tokenizer = digits.train_tokenizer(m["content"] for row in rows for m in row["prompt"] + row["completion"])
-    processor, model = digits.build_model(tokenizer, seed=seed)
-    digits.pretrain_vision(model, processor, parts["sft"], steps=VISION_STEPS, seed=base + 6)
-    processor.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "base")
+    texts = digits.conversation_texts(read_rows(data / "sft.jsonl"))
+    digits.write_model(folder / "base", texts, parts["sft"], seed=seed, vision_seed=base + 6)
