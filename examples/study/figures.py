@@ -62,9 +62,9 @@ def draw_curves(study: Study, records: Records, path: Path) -> None:
             found, color = runs(study, records, task, method), of_method[method]
             _draw_curve(margin, found, "rewards/margins", color)
             _draw_curve(chosen, found, "rewards/chosen", color)
+        _look_near(accuracy, tests(study, records, task, SFT))
         for method in (SFT, *study.tasks[task]["methods"]):
             _draw_accuracy(accuracy, tests(study, records, task, method), study.name(method), of_method[method])
-        _look_near(accuracy, tests(study, records, task, SFT))
         for axes, title in ((margin, "reward margin"), (chosen, "reward of the chosen")):
             axes.set_yscale("asinh", linear_width=0.3)
             low, high = axes.get_ylim()
@@ -92,15 +92,27 @@ def _draw_curve(axes: Any, found: Sequence[Row], name: str, color: Any) -> None:
         axes.plot(curves[0]["step"][:length], values, color=color, linewidth=1.2)
 
 
+def _accuracy(found: dict[int, Row]) -> tuple[float, float]:
+    direct, cot = (float(np.mean([row[style] for row in found.values()])) for style in ("direct", "cot"))
+    return direct, cot
+
+
 def _draw_accuracy(axes: Any, found: dict[int, Row], label: str, color: Any) -> None:
-    if found:
-        direct, cot = (np.mean([row[style] for row in found.values()]) for style in ("direct", "cot"))
-        axes.plot(direct, cot, "o", color=color, label=label, markersize=6)
+    """A point; one that lies outside is a cross at the edge, and the legend says where it belongs."""
+    if not found:
+        return
+    direct, cot = _accuracy(found)
+    at = np.clip(direct, *axes.get_xlim()), np.clip(cot, *axes.get_ylim())
+    if at == (direct, cot):
+        axes.plot(*at, "o", color=color, label=label, markersize=6)
+    else:
+        label = f"{label} (at {direct:.1f}, {cot:.1f})"
+        axes.plot(*at, "x", color=color, label=label, markersize=7, markeredgewidth=2, clip_on=False)
 
 
 def _look_near(axes: Any, found: dict[int, Row]) -> None:
     """Shows what lies within some points of the SFT model; a method that collapsed would hide all others."""
     if found:
-        direct, cot = (np.mean([row[style] for row in found.values()]) for style in ("direct", "cot"))
+        direct, cot = _accuracy(found)
         axes.set_xlim(direct - _NEAR, direct + _NEAR / 2)
         axes.set_ylim(cot - _NEAR, cot + _NEAR)
