@@ -313,6 +313,15 @@ def test_the_readme_holds_the_tables_that_the_results_give(study: Any, rows: lis
         assert (FOLDER / figure).stat().st_size > 10_000
 
 
+def test_every_look_at_the_test_scans_stands_in_a_table(study: Any, rows: list[dict[str, Any]]) -> None:
+    tables = module("report").tables(study, module("plan").by_job(rows))
+    shown = 0
+    for name in (*study.tasks, "others"):
+        lines = [line.split(" | ") for line in tables[name].splitlines()]
+        shown += sum(int(line[lines[0].index("seeds")]) for line in lines[2:])
+    assert shown == sum(row["kind"] == "test" for row in rows)
+
+
 def test_every_line_of_the_results_can_be_traced_and_is_the_only_one(rows: list[dict[str, Any]]) -> None:
     assert len(module("plan").by_job(rows)) == len(rows)
     for row in rows:

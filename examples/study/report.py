@@ -14,8 +14,10 @@ from data_builders.shards import read_rows, write_text
 from examples.study.claims import Finding, findings, values
 from examples.study.figures import draw_claims, draw_curves
 from examples.study.plan import SFT, Records, Study, by_job, chosen_rate, rate_means, read_study, runs, tests
+from mpo.quickstart import mean_interval
 
 FOLDER = Path(__file__).parent
+_MEANS = ("seeds", "CoT", "Direct", "digits read", "consistent", "with a hallucination", "characters")
 
 
 def write_report(study: Study, records: Records, folder: Path) -> None:
@@ -48,6 +50,7 @@ def tables(study: Study, records: Records) -> dict[str, str]:
         "claims": claims_table(study, findings(study, records)),
         **{task: task_table(study, records, task) for task in study.tasks},
         "tuning": tuning_table(study, records),
+        "others": others_table(study, records),
         "bases": bases_table(study, records),
     }
 
@@ -82,8 +85,7 @@ def _interval(found: dict[str, float]) -> str:
 
 def task_table(study: Study, records: Records, task: str) -> str:
     """One line per method with its means over seeds on the test scans, and what it cost."""
-    columns = ["method", "lr", "seeds", "CoT", "Direct", "digits read", "consistent", "with a hallucination"]
-    columns += ["characters", "margin", "steps", "tokens, M", "seconds"]
+    columns = ["method", "lr", *_MEANS, "margin", "steps", "tokens, M", "seconds"]
     rows = []
     for method in (SFT, *study.tasks[task]["methods"]):
         found = tests(study, records, task, method)
@@ -134,6 +136,21 @@ def tuning_table(study: Study, records: Records) -> str:
             rows.append([task, study.name(method), *cells, *[""] * (len(settings["learning_rates"]) - len(cells))])
     width = max(len(settings["learning_rates"]) for settings in study.tasks.values())
     return _markdown(["task", "method", "lowest", *[""] * (width - 2), "highest"], rows)
+
+
+def others_table(study: Study, records: Records) -> str:
+    """Looks at the test scans at rates that are not the chosen ones: from before all methods had their own."""
+    found: dict[tuple[str, str, float], dict[int, Row]] = {}
+    for job, row in records.items():
+        if job.kind == "test" and job.rate != chosen_rate(study, records, job.task, job.method):
+            found.setdefault((job.task, job.method, job.rate), {})[job.seed] = row
+    rows = []
+    for (task, method, rate), looks in found.items():
+        mpo = tests(study, records, task, "mpo")
+        gains = [mpo[seed]["cot"] - row["cot"] for seed, row in looks.items() if seed in mpo]
+        gain = _interval(mean_interval(gains)) if len(gains) > 1 else ""
+        rows.append([task, study.name(method), _rate(rate), *_means(looks), gain])
+    return _markdown(["task", "method", "lr", *_MEANS, "MPO's CoT - its"], rows)
 
 
 def bases_table(study: Study, records: Records) -> str:
