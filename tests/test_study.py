@@ -96,6 +96,18 @@ def test_the_claims_and_methods_are_those_that_were_asked_for(study: Any) -> Non
         *("mpo_ntp_25", "mpo_ntp_50", "mpo_ntp_75", "mpo_with_image", "mpo_grouped", "mpo_two_rounds"),
         *("mpo_light_sft", "dpo_moving", "mpo_moving", "mpo_ten_times"),
     }
+    settings = [{key: value for key, value in method.items() if key != "name"} for method in study.methods.values()]
+    assert all(settings.count(own) == 1 for own in settings)  # no two methods are the same one
+    weights = {name: method.get("train", {}).get("loss_weights") for name, method in study.methods.items()}
+    assert weights == dict.fromkeys(study.methods) | {
+        "rft": [0.0, 0.0, 1.0],
+        "dpo": [1.0, 0.0, 0.0],
+        "bco": [0.0, 1.0, 0.0],
+        "dpo_sft": [1.0, 0.0, 1.0],
+        "bco_sft": [0.0, 1.0, 1.0],
+        "mpo_light_sft": [0.8, 0.2, 0.01],
+        "dpo_moving": [1.0, 0.0, 0.0],
+    }
     assert {claim["measure"] for claim in study.claims} == {"cot", "direct", "gap", "faithful"}
     assert {claim["is"] for claim in study.claims} == {"more", "not_less"}
 
