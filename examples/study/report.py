@@ -6,6 +6,7 @@ Tables stand in the README between `<!-- table: name -->` and `<!-- end -->`; a 
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
@@ -49,6 +50,7 @@ def tables(study: Study, records: Records) -> dict[str, str]:
     return {
         "claims": claims_table(study, findings(study, records)),
         **{task: task_table(study, records, task) for task in study.tasks},
+        **{f"against_{method}": differences_table(study, records, method) for method in (SFT, "mpo")},
         "tuning": tuning_table(study, records),
         "others": others_table(study, records),
         "bases": bases_table(study, records),
@@ -101,9 +103,8 @@ def _rate(rate: float | None) -> str:
 
 def _means(found: dict[int, Row]) -> list[str]:
     rows = list(found.values())
-    shown = [f"{mean(row[name] for row in rows):.1f}" for name in ("cot", "direct", "reading", "consistent")]
-    hallucinated = mean(100 - values(row, "faithful").mean() for row in rows)
-    return [str(len(rows)), *shown, f"{hallucinated:.1f}", f"{mean(row['characters'] for row in rows):.0f}"]
+    shown = [f"{mean(map(of, rows)):.1f}" for of in _MEASURES]
+    return [str(len(rows)), *shown, f"{mean(row['characters'] for row in rows):.0f}"]
 
 
 def _cost(found: Sequence[Row]) -> list[str]:
@@ -120,6 +121,27 @@ def _cost(found: Sequence[Row]) -> list[str]:
         f"{of(lambda row: row['tokens']) / 1e6:.2f}",
         f"{of(lambda row: row['train_seconds']):.0f}",
     ]
+
+
+def differences_table(study: Study, records: Records, other: str) -> str:
+    """Paired differences of every method to another one in all that is measured, with 95% intervals over seeds."""
+    rows = []
+    for task, settings in study.tasks.items():
+        theirs = tests(study, records, task, other)
+        for method in (SFT, *settings["methods"]):
+            ours = tests(study, records, task, method)
+            seeds = sorted(ours.keys() & theirs.keys())
+            if method != other and len(seeds) > 1:
+                cells = [_interval(mean_interval([of(ours[s]) - of(theirs[s]) for s in seeds])) for of in _MEASURES]
+                rows.append([task, study.name(method), *cells])
+    return _markdown(["task", f"method - {study.name(other)}", *_MEANS[1:-1]], rows)
+
+
+def _hallucinated(row: Row) -> float:
+    return float(100 - values(row, "faithful").mean())
+
+
+_MEASURES = (*(itemgetter(name) for name in ("cot", "direct", "reading", "consistent")), _hallucinated)
 
 
 def tuning_table(study: Study, records: Records) -> str:
