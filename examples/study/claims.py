@@ -79,18 +79,23 @@ def _find(study: Study, claim: Row, records: Records) -> Finding:
     seeds = sorted(better.keys() & worse.keys())
     gains = [values(better[seed], claim["measure"]) - values(worse[seed], claim["measure"]) for seed in seeds]
     means = [float(gain.mean()) for gain in gains]
-    if len(means) < 2:
+    found = interval(means)
+    if not found:
         return Finding(claim, means)
-    interval = mean_interval(means)
     error = math.sqrt(sum(float(gain.var(ddof=1)) / len(gain) for gain in gains)) / len(gains)
     threshold = -MARGIN if claim["is"] == "not_less" else 0.0
-    verdict = decide(interval["low"], interval["high"], threshold)
+    verdict = decide(found["low"], found["high"], threshold)
     p = p_value(means, 0.0 if verdict == "contradicted" else threshold)
     again = [mean for seed, mean in zip(seeds, means, strict=True) if seed in study.replication_seeds]
-    replication = mean_interval(again) if len(again) > 1 else {}
+    over_questions = _NORMAL * error
     return Finding(
-        claim, means, **interval, over_questions=_NORMAL * error, p=p, replication=replication, verdict=verdict
+        claim, means, **found, over_questions=over_questions, p=p, replication=interval(again), verdict=verdict
     )
+
+
+def interval(differences: Sequence[float]) -> dict[str, float]:
+    """Mean and 95% interval over seeds; empty for fewer than two."""
+    return mean_interval(differences) if len(differences) > 1 else {}
 
 
 def decide(low: float, high: float, threshold: float) -> str:

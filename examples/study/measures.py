@@ -13,9 +13,8 @@ from statistics import mean
 import numpy as np
 
 from data_builders.records import Row
-from mpo.digits import PLACES
+from mpo.digits import COT, DIRECT, PLACES
 
-COT, DIRECT = "final_answer", "direct"
 _STEP = re.compile(rf"({'|'.join(PLACES)}) is (\d+)(?:, (sum|largest|count) (\d+))?")
 _THRESHOLD = re.compile(r"larger than (\d+)")
 

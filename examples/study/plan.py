@@ -177,7 +177,8 @@ def by_job(rows: Iterable[Row]) -> Records:
 def chosen_rate(study: Study, records: Records, task: str, method: str) -> float | None:
     """The rate with the best mean development accuracy, CoT and Direct alike; None while runs are missing.
 
-    A method with `rate_of` takes a multiple of another one's rate. SFT, which is trained no further, has rate 0.
+    Of equal ones the first is taken. A method with `rate_of` takes a multiple of another one's rate. SFT, which is
+    trained no further, has rate 0.
     """
     if method == SFT:
         return 0.0

@@ -12,10 +12,9 @@ from statistics import mean
 
 from data_builders.records import Row
 from data_builders.shards import read_rows, write_text
-from examples.study.claims import Finding, findings, values
+from examples.study.claims import Finding, findings, interval, values
 from examples.study.figures import draw_claims, draw_curves
 from examples.study.plan import SFT, Records, Study, by_job, chosen_rate, rate_means, read_study, runs, tests
-from mpo.quickstart import mean_interval
 
 FOLDER = Path(__file__).parent
 _MEANS = ("seeds", "CoT", "Direct", "digits read", "consistent", "with a hallucination", "characters")
@@ -76,12 +75,12 @@ def claims_table(study: Study, found: Sequence[Finding]) -> str:
         else:
             line[2] += f": **{finding.mean:+.1f}**"
             line += [f"{finding.low:+.1f} to {finding.high:+.1f}", f"{finding.over_questions:.1f}"]
-            line += [_interval(finding.replication), finding.verdict, "holds" if finding.holm else ""]
+            line += [_shown(finding.replication), finding.verdict, "holds" if finding.holm else ""]
         rows.append(line)
     return _markdown(columns, rows)
 
 
-def _interval(found: dict[str, float]) -> str:
+def _shown(found: dict[str, float]) -> str:
     return f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})" if found else ""
 
 
@@ -132,7 +131,7 @@ def differences_table(study: Study, records: Records, other: str) -> str:
             ours = tests(study, records, task, method)
             seeds = sorted(ours.keys() & theirs.keys())
             if method != other and len(seeds) > 1:
-                cells = [_interval(mean_interval([of(ours[s]) - of(theirs[s]) for s in seeds])) for of in _MEASURES]
+                cells = [_shown(interval([of(ours[s]) - of(theirs[s]) for s in seeds])) for of in _MEASURES]
                 rows.append([task, study.name(method), *cells])
     return _markdown(["task", f"method - {study.name(other)}", *_MEANS[1:-1]], rows)
 
@@ -170,8 +169,7 @@ def others_table(study: Study, records: Records) -> str:
     for (task, method, rate), looks in found.items():
         mpo = tests(study, records, task, "mpo")
         gains = [mpo[seed]["cot"] - row["cot"] for seed, row in looks.items() if seed in mpo]
-        gain = _interval(mean_interval(gains)) if len(gains) > 1 else ""
-        rows.append([task, study.name(method), _rate(rate), *_means(looks), gain])
+        rows.append([task, study.name(method), _rate(rate), *_means(looks), _shown(interval(gains))])
     return _markdown(["task", "method", "lr", *_MEANS, "MPO's CoT - its"], rows)
 
 

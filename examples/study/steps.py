@@ -14,7 +14,6 @@ from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from data_builders.records import Row
 from data_builders.shards import read_rows, read_stage, write_rows
@@ -57,19 +56,18 @@ def _origin() -> Row:
     return {"versions": {name: version(name) for name in _PACKAGES}, "commit": git.stdout.strip()}
 
 
-def _argv(*settings: Row) -> list[str]:
-    """A verb's command line; later settings win."""
+def _values(*settings: Row) -> dict[str, str]:
+    """Settings as a verb's command line has them; later ones win."""
     merged = {name: value for part in settings for name, value in part.items()}
-    return [
-        word
-        for name, value in merged.items()
-        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
-    ]
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in merged.items()}
 
 
-def _stage(name: str, verb: str, *settings: Row, **others: Any) -> Stage:
-    words = _argv(*settings)
-    return Stage(name, verb, {words[at][2:]: words[at + 1] for at in range(0, len(words), 2)}, **others)
+def _stage(name: str, verb: str, *settings: Row) -> Stage:
+    return Stage(name, verb, _values(*settings))
+
+
+def _argv(*settings: Row) -> list[str]:
+    return Stage("", settings=_values(*settings)).argv
 
 
 def _common(folder: Path, seed: int) -> Row:
@@ -131,19 +129,9 @@ def _answers(study: Study, model: str, folder: Path, split: str, into: Path, see
 
 
 def _train(study: Study, job: Job, output: Path) -> Row:
-    task, method = study.tasks[job.task], study.methods[job.method]
-    folder, run = base_folder(output, task["base"], job.seed), run_folder(output, job)
-    shutil.rmtree(run, ignore_errors=True)  # one that was killed starts again: it takes seconds
+    folder, run = base_folder(output, study.tasks[job.task]["base"], job.seed), run_folder(output, job)
     start, model = time.perf_counter(), run / "model"
-    settings = {"train": task["train"], "learning_rate": job.rate, **_common(folder, job.seed)}
-    if method.get("verb") == "sft":
-        _further_sft(study, folder, model, settings)
-    elif method.get("rounds") == 2:
-        _two_rounds(study, folder, run, settings, task["base"])
-    else:
-        _preferences(
-            study, folder, folder / "sft", model, settings, _pairs_of(folder, method), method.get("train", {})
-        )
+    _make_model(study, job, output)
     trained = time.perf_counter()
     found = {**_history(model), "train_seconds": round(trained - start, 1)}
     if job.seed in study.tuning_seeds:
@@ -153,6 +141,22 @@ def _train(study: Study, job: Job, output: Path) -> Row:
         before = _history(run / "first")
         found |= {name: found[name] + before[name] for name in ("steps", "tokens")}
     return found
+
+
+def _make_model(study: Study, job: Job, output: Path) -> None:
+    task, method = study.tasks[job.task], study.methods[job.method]
+    folder, run = base_folder(output, task["base"], job.seed), run_folder(output, job)
+    shutil.rmtree(run, ignore_errors=True)  # one that was killed starts again: it takes seconds
+    model = run / "model"
+    settings = {"train": task["train"], "learning_rate": job.rate, **_common(folder, job.seed)}
+    if method.get("verb") == "sft":
+        _further_sft(study, folder, model, settings)
+    elif method.get("rounds") == 2:
+        _two_rounds(study, folder, run, settings, task["base"])
+    else:
+        _preferences(
+            study, folder, folder / "sft", model, settings, _pairs_of(folder, method), method.get("train", {})
+        )
 
 
 def _pairs_of(folder: Path, method: Row) -> list[Path]:
@@ -210,7 +214,7 @@ def _test(study: Study, job: Job, output: Path) -> Row:
     folder = base_folder(output, study.tasks[job.task]["base"], job.seed)
     model = folder / "sft" if job.method == SFT else run_folder(output, job) / "model"
     if not (model / "trainer_state.json").exists():  # it has a line from elsewhere
-        _train(study, job, output)
+        _make_model(study, job, output)
     into = output / "tests" / job.task / job.method / f"seed-{job.seed}"
     shutil.rmtree(into, ignore_errors=True)
     return measure_answers(_answers(study, str(model), folder, "test", into, job.seed))
